@@ -1,0 +1,29 @@
+"""The outer wall towards models: the only room that knows transformers and model families."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmfast.adapters.base import Adapter, families, family, for_model
+    from mmfast.adapters.loading import load_pretrained
+    from mmfast.adapters.prompting import prepare
+
+_HOME = {
+    "Adapter": "base",
+    "families": "base",
+    "family": "base",
+    "for_model": "base",
+    "load_pretrained": "loading",
+    "prepare": "prompting",
+}
+
+__all__ = ["Adapter", "families", "family", "for_model", "load_pretrained", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used; transformers is slow to load."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mmfast.adapters' has no attribute {name!r}")
+    return getattr(import_module(f"mmfast.adapters.{_HOME[name]}"), name)

@@ -1,0 +1,279 @@
+"""What every model family has in common, and the registry of families."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.budget import LanguageShape
+from mmfast.tokens import Layout
+
+if TYPE_CHECKING:
+    from mmfast.adapters.binding import Binding
+    from mmfast.plan import Plan
+
+_ENTRY_POINTS = "mmfast.adapters"
+_FAMILIES: dict[str, type[Adapter]] = {}
+
+A = TypeVar("A", bound="type[Adapter]")
+
+
+def family(*model_types: str) -> Callable[[A], A]:
+    """Register an adapter for the ``config.model_type`` values it serves; use as a class decorator.
+
+    Raises:
+        ValueError: if another adapter serves one of them already.
+    """
+
+    def add(adapter: A) -> A:
+        for model_type in model_types:
+            if _FAMILIES.get(model_type, adapter) is not adapter:
+                raise ValueError(
+                    f"model type {model_type!r} is already served by {_FAMILIES[model_type].__name__}"
+                )
+            _FAMILIES[model_type] = adapter
+        adapter.model_types = model_types
+        return adapter
+
+    return add
+
+
+class Adapter:
+    """Find the parts of a model by role and describe its visual tokens.
+
+    A family needs a subclass only for what differs: usually ``layouts``.
+
+    Attributes:
+        model_types: the ``config.model_type`` values served (set by :func:`family`).
+        can_compact: positions may be renumbered; not so with multi-dimensional RoPE or sliding windows.
+        masks_before_decoder: the family builds 4-D masks before it calls its decoder.
+        no_layer_drops: why tokens cannot be dropped between layers; empty where they can.
+        signals: names of the signals the family can give to methods before the LLM.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    can_compact: ClassVar[bool] = True
+    masks_before_decoder: ClassVar[bool] = False
+    no_layer_drops: ClassVar[str] = ""
+    signals: ClassVar[frozenset[str]] = frozenset({"text_embeds"})
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The model without its language-modelling head."""
+        found: nn.Module = self.model.base_model  # type: ignore[assignment]
+        return found
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The language model that ``base`` calls with embeddings."""
+        found: nn.Module = self.model.get_decoder()  # type: ignore[operator]
+        return found
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers, first to last."""
+        found: Sequence[nn.Module] = self.decoder.layers[: self.shape.layers]  # type: ignore[index]
+        return found
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model; its attention modules hold this very object."""
+        return self.decoder.config
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """Modality -> id of the token that stands for one visual token in ``input_ids``."""
+        config = self.model.config
+        found = {}
+        for modality in ("image", "video"):
+            token = getattr(config, f"{modality}_token_id", None)
+            if token is None:
+                token = getattr(config, f"{modality}_token_index", None)
+            if token is not None:
+                found[modality] = int(token)
+        return found
+
+    @cached_property
+    def shape(self) -> LanguageShape:
+        """The sizes that decide the cost of the language model."""
+        config = self.decoder.config
+        heads = config.num_attention_heads
+        return LanguageShape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """Return the attention module of a decoder layer."""
+        found: nn.Module = layer.self_attn  # type: ignore[assignment]
+        return found
+
+    def attention_input(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Normalise hidden states ``[B, S, D]`` as the layer does before its attention."""
+        normed: Tensor = layer.input_layernorm(hidden)  # type: ignore[operator]
+        return normed
+
+    def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute cosines and sines for new positions ``[B, S]``."""
+        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids=position_ids)  # type: ignore[operator]
+        return tables
+
+    def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Describe the visual tokens of each image or video, in the order of the placeholders.
+
+        The default serves every family whose items are square grids.
+
+        Args:
+            modality: ``"image"`` or ``"video"``.
+            arguments: arguments of the model's ``get_{modality}_features`` by name.
+            features: what it returned, one ``[n, D]`` tensor per item.
+        """
+        return [square_or_unknown(len(item), modality) for item in features]
+
+    def bind(self, plan: Plan) -> Binding:
+        """Put a plan to work on the model.
+
+        Raises:
+            ValueError: if the model cannot do what the plan asks for; it is untouched then.
+        """
+        from mmfast.adapters.binding import Binding
+
+        return Binding(self, plan)
+
+    def release(self) -> None:
+        """Take off whatever plan is at work on the model."""
+        from mmfast.adapters.binding import release
+
+        release(self.model)
+
+    def check(self) -> None:
+        """Refuse models whose parts are not where they are expected.
+
+        Raises:
+            TypeError: naming what is missing.
+        """
+        for role, find in (("base_model", lambda: self.base), ("decoder layers", lambda: self.layers)):
+            try:
+                find()
+            except (AttributeError, TypeError) as error:
+                raise TypeError(
+                    f"cannot find the {role} of {type(self.model).__name__}: {error}; pass the conditional-generation "
+                    "model itself, not a part or a wrapper of it"
+                ) from None
+
+
+def square_or_unknown(tokens: int, modality: str = "image") -> Layout:
+    """Lay tokens out as a square grid where their number allows it.
+
+    Example:
+        >>> square_or_unknown(9).row.max().item(), square_or_unknown(10).grid_known
+        (2, False)
+    """
+    side = math.isqrt(tokens)
+    return Layout.grid(side, side, modality=modality) if side * side == tokens else Layout.unknown(tokens, modality)
+
+
+def packed_layout(packed: Tensor, tiles_wide: int, tiles_high: int, side: int) -> Layout:
+    """Read the layout of an AnyRes image from coordinates that went through the family's own packing.
+
+    Args:
+        packed: ``[n, 4]`` (1, column, row, tile) per token as packed; newline tokens have 0 in channel 0.
+            Tile 0 is the whole image; columns and rows of crops count over the grid of all crops.
+        tiles_wide, tiles_high: number of crops in each direction.
+        side: tokens per side of a tile.
+
+    Example:
+        >>> packed_layout(torch.tensor([[1.0, 0, 0, 0], [0.0, 0, 0, 0]]), 1, 1, 1).is_newline.tolist()
+        [False, True]
+    """
+    newline = packed[:, 0] < 0.5
+    crop = (packed[:, 3] > 0.5) & ~newline
+    # A newline follows the last token of its row and belongs to the crops.
+    rows = packed[:, 2].clone()
+    tiles = crop.long()
+    for place in newline.nonzero().squeeze(-1).tolist():
+        rows[place] = rows[place - 1] if crop[place - 1] else -1.0
+        tiles[place] = 1 if crop[place - 1] else -1
+    wide = torch.where(crop, torch.tensor(float(tiles_wide * side)), torch.tensor(float(side)))
+    high = torch.where(crop, torch.tensor(float(tiles_high * side)), torch.tensor(float(side)))
+    boxes = torch.stack(
+        [packed[:, 1] / wide, packed[:, 2] / high, (packed[:, 1] + 1) / wide, (packed[:, 2] + 1) / high], dim=-1
+    )
+    row, col = _ranks(rows, tiles), torch.where(newline, -1, _ranks(packed[:, 1], tiles))
+    return Layout("image", torch.zeros_like(tiles), tiles, row, col, newline, boxes.masked_fill(newline[:, None], 0.0))
+
+
+def _ranks(values: Tensor, tiles: Tensor) -> Tensor:
+    """Turn (possibly fractional) coordinates into 0-based row or column numbers inside each tile."""
+    ranks = torch.full(values.shape, -1)
+    for tile in (0, 1):
+        mine = tiles == tile
+        if bool(mine.any()):
+            ranks[mine] = torch.unique(values[mine], return_inverse=True)[1]
+    return ranks
+
+
+@cache
+def _load_families() -> None:
+    """Import every module of this room, so that the family files register themselves."""
+    package = import_module("mmfast.adapters")
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"mmfast.adapters.{module.name}")
+    for point in entry_points(group=_ENTRY_POINTS):
+        point.load()
+
+
+def families() -> dict[str, type[Adapter]]:
+    """List the supported model types with the adapter of each.
+
+    Example:
+        >>> "llava" in families()
+        True
+    """
+    _load_families()
+    return dict(sorted(_FAMILIES.items()))
+
+
+def for_model(model: object) -> Adapter:
+    """Return the adapter of a model.
+
+    Args:
+        model: a Hugging Face vision-language model, possibly inside a PEFT wrapper.
+
+    Raises:
+        TypeError: if it is no model, or no adapter serves its family; the message lists what is
+            supported and how to add a family.
+    """
+    known = families()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Hugging Face vision-language model, got {type(model).__name__}")
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+    if model_type not in known:
+        near = difflib.get_close_matches(str(model_type), known, n=2)
+        hint = f" (nearest: {', '.join(near)})" if near else ""
+        raise TypeError(
+            f"no adapter for {type(inner).__name__} (model type {model_type!r}){hint}; supported model types: "
+            f"{', '.join(known)}. To add a family, write one adapter file (CONTRIBUTING.md, 'Add a family') or "
+            f"register a class under the entry-point group {_ENTRY_POINTS!r}"
+        )
+    adapter = known[str(model_type)](inner)
+    adapter.check()
+    return adapter

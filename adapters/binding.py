@@ -1,0 +1,457 @@
+"""A plan at work on one model: boundary hooks, and the report of what they did."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from mmfast.adapters.attention import register_tap
+from mmfast.adapters.base import Adapter
+from mmfast.adapters.cache import adopt, is_logical, refuse_unsupported
+from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions
+from mmfast.adapters.layers import LayerRunner
+from mmfast.adapters.ledger import Ledger
+from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
+from mmfast.adapters.media import feature_source, has_features, items_of, placeholder_masks, segments, tag, tagged
+from mmfast.adapters.recorder import Recorder
+from mmfast.plan import Plan
+from mmfast.report import Report
+from mmfast.token_pruning.base import BeforeLLM, LayerDropper, Merger
+from mmfast.tokens import Keep, VisualTokens
+
+_ACTIVE: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+
+
+class Binding:
+    """Attach a plan to a model; everything done to the model stands in the ledger.
+
+    Args:
+        adapter: the adapter of the model.
+        plan: the plan.
+
+    Raises:
+        ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
+            Nothing has been changed then.
+    """
+
+    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+        self.adapter = adapter
+        self.plan = plan
+        self.before: BeforeLLM | None = _one(plan, "before_llm", BeforeLLM)
+        self.dropper: LayerDropper | None = _one(plan, "in_llm", LayerDropper)
+        self.events = (
+            {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
+        )
+        self.ledger = Ledger()
+        self.outer: Outer | None = None
+        self.inner: Inner | None = None
+        self._prompt: Prompt | None = None
+        self.recorder = Recorder(adapter, plan)
+        self._refuse()
+        self.layers = LayerRunner(adapter, self.dropper, self.recorder)
+        try:
+            self._attach()
+        except BaseException:
+            self.ledger.undo()
+            raise
+
+    def detach(self) -> None:
+        """Undo every change to the model."""
+        self.ledger.undo()
+
+    def report(self) -> Report:
+        """Describe the last prompt."""
+        return self.recorder.report()
+
+    def _refuse(self) -> None:
+        """Check everything that can be known before anything is changed."""
+        for method in self.plan.methods:
+            if method.stage not in ("before_llm", "in_llm"):
+                raise ValueError(f"method {method.name!r} acts at stage {method.stage!r}, which models cannot run yet")
+            missing = sorted(method.needs - self.adapter.signals)
+            if missing:
+                raise ValueError(
+                    f"method {method.name!r} needs {', '.join(missing)}, which models of type "
+                    f"{self.adapter.model.config.model_type!r} cannot give"
+                )
+            if getattr(method, "positions", None) == "compact" and not self.adapter.can_compact:
+                raise ValueError(
+                    f"method {method.name!r}: positions='compact' is not possible for model type "
+                    f"{self.adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
+                    "count original positions); use positions='keep'"
+                )
+        if self.dropper is not None and self.adapter.no_layer_drops:
+            raise ValueError(f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}")
+        if self.adapter.model in _ACTIVE:
+            raise ValueError(
+                f"this model already runs the plan {_ACTIVE[self.adapter.model].plan.to_text()!r}; call remove() on it first"
+            )
+
+    def _attach(self) -> None:
+        model, base, decoder = self.adapter.model, self.adapter.base, self.adapter.decoder
+        _ACTIVE[model] = self
+        self.ledger.enter(lambda: _ACTIVE.pop(model, None))
+        for modality in ("image", "video"):
+            name = f"get_{modality}_features"
+            original = getattr(base, name, None)
+            if original is not None:
+                self.ledger.set_attribute(base, name, self._watch_features(modality, original))
+        self.ledger.hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self.ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
+        self.ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        self.ledger.hook(decoder.register_forward_hook(self._after_decoder, always_call=True))
+        if self.dropper is not None and any(self.dropper.rows(event) for event in self.events.values()):
+            implementation = self.adapter.text_config._attn_implementation
+            register_tap(implementation, self.ledger)
+        self._forget_compiled()
+        self.ledger.enter(self._forget_compiled)
+
+    def _forget_compiled(self) -> None:
+        """Compiled graphs do not look at hooks again: drop those that exist."""
+        if "_compiled_call" in vars(self.adapter.model):
+            del self.adapter.model._compiled_call
+            if "torch._dynamo" in sys.modules:
+                sys.modules["torch._dynamo"].reset()
+
+    # ---------------------------------------------------------------- features
+
+    def _watch_features(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Note the layout of every image and video the model encodes."""
+        signature = inspect.signature(original)
+
+        @wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            begin = self.recorder.watch.mark()
+            output = original(*args, **kwargs)
+            self.recorder.add_vision(begin, self.recorder.watch.mark())
+            arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+            arguments.update(arguments.pop("kwargs", {}))
+            layouts = self.adapter.layouts(modality, arguments, items_of(output))
+            tag(output, layouts)
+            if self.outer is not None:
+                self.outer.layouts[modality] = layouts
+            return output
+
+        return watched
+
+    # ------------------------------------------------------------ outer boundary
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What the hooks need is read by name; positional input_ids are the one common exception.
+        named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        mask = named.get("attention_mask")
+        outer = Outer(attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        self.outer = outer
+        cache = named.get("past_key_values")
+        if has_features(named):
+            outer.input_ids, outer.features = named.get("input_ids"), feature_source(named)
+            outer.visual = placeholder_masks(named, self.adapter.placeholders, self.adapter.base.get_input_embeddings())
+            for modality, output in (named.get("mm_encoder_outputs") or {}).items():
+                known = tagged(output)
+                if known is not None:
+                    outer.layouts[modality] = known
+                elif output is not None:
+                    outer.untagged = modality
+            self.recorder.begin_prefill()
+        elif cache is not None and cache.get_seq_length() > 0:
+            self.recorder.begin_step()
+        if self.adapter.masks_before_decoder and is_logical(cache):
+            return args, {**kwargs, "attention_mask": self._aligned(cache, named, outer)}
+        return None
+
+    def _aligned(self, cache: Any, named: dict[str, Any], outer: Outer) -> Tensor:
+        """Right-align the 2-D mask for families that build 4-D masks from it themselves."""
+        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
+        batch, query = tokens.shape[:2]
+        new = None if outer.attention_mask is None else outer.attention_mask[:, -query:].bool()
+        return decoder_mask(_reference(cache), batch, query, new, tokens.device).long()
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.outer is not None:
+            self.recorder.end_call(prefill=bool(self.outer.visual))
+        self.outer = None
+
+    # ---------------------------------------------------------- decoder boundary
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeds, outer = kwargs.get("inputs_embeds"), self.outer
+        cache = kwargs.get("past_key_values")
+        if embeds is None or outer is None:
+            return None
+        if not outer.visual and not is_logical(cache):
+            return None
+        inner = self._plan_call(outer, embeds, cache)
+        if inner is None:
+            return None
+        new = dict(kwargs)
+        self._enter(inner, new, outer)
+        self.inner = inner
+        self.layers.arm(inner, new)
+        return args, new
+
+    def _plan_call(self, outer: Outer, embeds: Tensor, cache: Any) -> Inner | None:
+        """Decide what enters the decoder; None when the call may run untouched."""
+        batch, length = embeds.shape[:2]
+        begin = self.recorder.watch.mark()
+        valid = self._valid(outer, batch, length, embeds.device)
+        visual = {name: places & valid for name, places in outer.visual.items()}
+        inner = Inner(length, {}, cache=cache, seen=cache.get_seq_length() if cache is not None else 0)
+        keep, embeddings = valid, embeds
+        changed = False
+        if visual:
+            if outer.untagged and (self.before or self.events):
+                raise ValueError(
+                    f"precomputed {outer.untagged} features were not made while this plan was active, or the prompt is "
+                    "prefilled in chunks (prefill_chunk_size): encode the media after accelerate() and prefill at once"
+                )
+            inner.segments = segments(visual, outer.layouts)
+            if self.before is not None:
+                keep, embeddings, changed = self._reduce(self.before, inner, embeds, valid)
+            self._number(inner, keep, length)
+            if self.dropper is not None and length > 1 and any(sum(t) for t in inner.media_totals):
+                inner.events = dict(self.events)
+                self._refuse_checkpointing()
+        if not changed and not inner.events and not is_logical(cache):
+            self.recorder.note_full(inner, valid)
+            return None
+        if changed:
+            slots, real = pack(keep)
+            inner.levels[0] = Level(slots, real)
+        else:
+            everything = torch.arange(length, device=embeds.device).expand(batch, length)
+            inner.levels[0] = Level(everything, None if bool(valid.all()) else valid, whole=True)
+        inner.tables["embeds"] = embeddings
+        inner.selection_marks.append((begin, self.recorder.watch.mark()))
+        return inner
+
+    def _refuse_checkpointing(self) -> None:
+        decoder = self.adapter.decoder
+        if (
+            decoder.training
+            and getattr(decoder, "gradient_checkpointing", False)
+            and Version(transformers.__version__) < Version("5.20")
+        ):
+            raise ValueError(
+                "dropping tokens inside the LLM with gradient checkpointing needs transformers >= 5.20 (older versions "
+                "run layer hooks again in the backward pass); turn checkpointing off or drop before the LLM"
+            )
+
+    @staticmethod
+    def _valid(outer: Outer, batch: int, length: int, device: torch.device) -> Tensor:
+        if outer.attention_mask is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        return outer.attention_mask[:, -length:].to(device).bool()
+
+    def _reduce(
+        self, method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Ask the method about each image and video."""
+        keep, embeddings, changed = valid.clone(), embeds, False
+        for row, parts in enumerate(inner.segments):
+            signals = self._signals(method, embeds, valid, inner, row)
+            for index, part in enumerate(parts):
+                slots = part.slots.to(embeds.device)
+                merging = isinstance(method, Merger)
+                features = embeds[row, slots] if merging else embeds[row, slots].detach()
+                with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
+                    decision = method(VisualTokens(features, part.layout, index, signals))
+                if decision is None:
+                    continue
+                changed = True
+                keep[row, slots] = False
+                keep[row, slots[decision.indices]] = True
+                if decision.features is not None:
+                    embeddings = _overwrite(embeddings, row, slots, decision)
+        return keep, embeddings, changed
+
+    @staticmethod
+    def _signals(
+        method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int
+    ) -> dict[str, Tensor]:
+        if "text_embeds" not in method.needs:
+            return {}
+        text = valid[row].clone()
+        for part in inner.segments[row]:
+            text[part.slots.to(text.device)] = False
+        return {"text_embeds": embeds[row, text].detach()}
+
+    def _number(self, inner: Inner, keep: Tensor, length: int) -> None:
+        """Number the tokens that layers may drop; newline tokens are none of them."""
+        batch = keep.shape[0]
+        inner.candidate = torch.zeros(batch, length, dtype=torch.bool)
+        inner.number = torch.zeros(batch, length, dtype=torch.int64)
+        inner.media = torch.zeros(batch, length, dtype=torch.int64)
+        entering = keep.cpu()
+        for row, parts in enumerate(inner.segments):
+            totals = []
+            for index, part in enumerate(parts):
+                slots = part.slots.cpu()
+                slots = slots[entering[row, slots] & ~part.layout.is_newline]
+                inner.candidate[row, slots] = True
+                inner.media[row, slots] = index
+                inner.number[row, slots] = torch.arange(slots.numel()) + sum(totals)
+                totals.append(int(slots.numel()))
+            inner.media_totals.append(tuple(totals))
+
+    def _enter(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
+        """Hand the decoder the shortened call."""
+        level = inner.levels[0]
+        embeds = inner.tables.pop("embeds")
+        batch, device = embeds.shape[0], embeds.device
+        if kwargs.get("output_attentions") or (
+            kwargs.get("output_attentions") is None and self.adapter.text_config.output_attentions
+        ):
+            raise ValueError("output_attentions=True is not possible while tokens are dropped; remove() the plan to get them")
+        self._take_cache(inner, kwargs, outer)
+        if inner.cache is None and inner.events:
+            inner.prompt_end = self._prompt_end(outer)
+        reference = _reference(inner.cache) if inner.cache is not None else None
+        inner.base_shift = reference.shift if reference is not None else None
+        positions = self._positions(inner, kwargs, embeds)
+        mask = kwargs.get("attention_mask")
+        prepared = self.adapter.masks_before_decoder or (isinstance(mask, Tensor) and mask.ndim == 4)
+        if kwargs.get("visual_pos_masks") is not None:
+            # The decoder would add them by their places in the full prompt; the layer hooks do it instead.
+            inner.deepstack = list(kwargs["deepstack_visual_embeds"])
+            inner.deepstack_visual = kwargs["visual_pos_masks"]
+            kwargs["visual_pos_masks"] = kwargs["deepstack_visual_embeds"] = None
+        kwargs["inputs_embeds"] = embeds if level.whole else gather_rows(embeds, level.slots)
+        if prepared and not level.whole:
+            kwargs["attention_mask"] = gather_prepared(mask, level.slots, level.real)
+        if not prepared:
+            plain = level.real is None and reference is not None and reference.valid is None
+            kwargs["attention_mask"] = (
+                None if plain else decoder_mask(reference, batch, level.length, level.real, device)
+            )
+        kwargs["position_ids"] = positions
+        self.layers.announce(inner)
+
+    def _prompt_end(self, outer: Outer) -> int | None:
+        """Remember the prompt, and find its end when this call only adds a generated token to it."""
+        if self._prompt is not None and self._prompt.continued_by(outer):
+            self._prompt = replace(self._prompt, length=self._prompt.length + 1)
+            return int(self._prompt.input_ids.shape[1]) - 1
+        ids = outer.input_ids
+        self._prompt = None if ids is None else Prompt(ids.clone(), int(ids.shape[1]), outer.features)
+        return None
+
+    def _take_cache(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
+        """Give the cache logical layers, making the cache first where the decoder would have."""
+        cache = inner.cache
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            use_cache = self.adapter.text_config.use_cache if use_cache is None else use_cache
+            checkpointing = self.adapter.decoder.training and getattr(
+                self.adapter.decoder, "gradient_checkpointing", False
+            )
+            if not use_cache or checkpointing:
+                return
+            cache = transformers.DynamicCache(config=self.adapter.text_config)
+            kwargs["past_key_values"] = inner.cache = cache
+        if not is_logical(cache):
+            refuse_unsupported(cache)
+            past = None
+            if outer.attention_mask is not None and inner.seen:
+                past = outer.attention_mask[:, : inner.seen].bool()
+            adopt(cache, self.adapter.shape.layers, past)
+
+    def _positions(self, inner: Inner, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
+        """Gather or renumber the position ids."""
+        level = inner.levels[0]
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            # The decoder would count the shortened prompt; the model's own default counts the full one.
+            positions = torch.arange(inner.length, device=embeds.device)[None] + inner.seen
+        positions = positions.expand(*positions.shape[:-2], embeds.shape[0], -1)
+        if inner.base_shift is not None:
+            positions = positions - inner.base_shift.to(positions.device)[:, None]
+        if level.whole:
+            return positions
+        gathered = gather_positions(positions, level.slots)
+        wanted = None if self.before is None else self.before.positions
+        compact = wanted == "compact" or (wanted is None and self.adapter.can_compact)
+        if not compact or gathered.ndim != 2:
+            return gathered
+        valid = self._valid(self.outer or Outer(), *embeds.shape[:2], embeds.device)
+        first = positions.gather(1, valid.long().argmax(dim=1, keepdim=True))[:, 0]
+        renumbered = compact_positions(gathered, level.real, first)
+        self.layers.add_shift(inner, gathered[:, -1] - renumbered[:, -1])
+        if inner.cache is not None:
+            inner.base_shift = _reference(inner.cache).shift
+        return renumbered
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        inner, self.inner = self.inner, None
+        if inner is None:
+            return None
+        self.layers.disarm(inner)
+        if output is None:
+            return None
+        self.recorder.note_pruned(inner)
+        last = inner.level_at(self.adapter.shape.layers - 1)
+        if last.whole:
+            return None
+        return _stretched(output, inner, self.adapter.shape.layers)
+
+
+def release(model: nn.Module) -> None:
+    """Detach the plan at work on ``model``, if there is one."""
+    if model in _ACTIVE:
+        _ACTIVE[model].detach()
+
+
+def _one(plan: Plan, stage: str, kind: type) -> Any:
+    found = plan.at(stage)
+    for method in found:
+        if not isinstance(method, kind):
+            raise ValueError(f"method {method.name!r} at stage {stage!r} must be a {kind.__name__}, got {type(method).__name__}")
+    return found[0] if found else None
+
+
+def _reference(cache: Any) -> Any:
+    """Return the cache layer after which transformers sizes its masks: the first that is not sliding."""
+    return next((layer for layer in cache.layers if not layer.is_sliding), cache.layers[0])
+
+
+def _overwrite(embeddings: Tensor, row: int, slots: Tensor, decision: Keep) -> Tensor:
+    """Put merged features into the slots that stay; rows of NaN mark slots left as they are."""
+    features = decision.features
+    if features is None:
+        return embeddings
+    merged = ~features[:, 0].isnan()
+    places = slots[decision.indices[merged]]
+    rows = torch.full_like(places, row)
+    return embeddings.index_put((rows, places), features[merged].to(embeddings.dtype))
+
+
+def _stretched(output: Any, inner: Inner, depth: int) -> Any:
+    """Give the decoder's output the length of the prompt again."""
+    last = inner.level_at(depth - 1)
+    if isinstance(output, tuple):
+        return (last.stretch(output[0], inner.length), *output[1:])
+    output.last_hidden_state = last.stretch(output.last_hidden_state, inner.length)
+    hidden = getattr(output, "hidden_states", None)
+    if hidden is not None:
+        levels = [inner.level_at(layer) for layer in range(depth)] + [last]
+        output.hidden_states = tuple(
+            _by_length(states, level, inner) for states, level in zip(hidden, levels, strict=True)
+        )
+    return output
+
+
+def _by_length(states: Tensor, level: Level, inner: Inner) -> Tensor:
+    """Stretch one layer's states; the input of an event layer still has the level before."""
+    if states.shape[1] != level.length:
+        level = next(other for other in inner.levels.values() if other.length == states.shape[1])
+    return states if level.whole else level.stretch(states, inner.length)

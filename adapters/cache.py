@@ -1,0 +1,143 @@
+"""Cache layers with separate stored and logical length, and how a cache comes to have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mmfast.kv.cache import LogicalLength
+
+
+class LogicalLayer(LogicalLength, DynamicLayer):  # type: ignore[misc]
+    """A growing layer that reports the length of the prompt as the user passed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start_logical()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values and book them."""
+        self.account(key_states.shape[0], key_states.shape[-2], key_states.device)
+        stored: tuple[Tensor, Tensor] = DynamicLayer.update(self, key_states, value_states)
+        return stored
+
+    def get_seq_length(self) -> int:
+        """Return the logical length."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys for the mask."""
+        return self.mask_sizes(query_length)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.start_logical()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens; a positive value is the length to keep."""
+        if not self.is_initialized:
+            return
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if drop == 0:
+            return
+        self.drop_last(drop)
+        self.keys = self.keys[..., :-drop, :]
+        self.values = self.values[..., :-drop, :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        if self.stored:
+            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+            self.values = self.values.index_select(0, beam_idx.to(self.values.device))
+            self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.stored:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+            self.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self.stored:
+            rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+            self.keys = self.keys[rows.to(self.keys.device)]
+            self.values = self.values[rows.to(self.values.device)]
+            self.select_rows(rows)
+
+
+class LogicalSlidingLayer(LogicalLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """A sliding-window layer that stores every kept token.
+
+    The window is measured in the places the tokens had before pruning, so which tokens are inside it
+    is decided per row by a mask (see ``layers.py``) and nothing can be thrown away by counting.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int) -> None:
+        DynamicSlidingWindowLayer.__init__(self, sliding_window)
+        self.start_logical()
+
+    def activate_past_recording(self) -> None:
+        """Do nothing: the past is always there."""
+
+
+def is_logical(cache: object) -> bool:
+    """Say whether the layers of a cache have been replaced by logical ones."""
+    return isinstance(cache, Cache) and bool(cache.layers) and isinstance(cache.layers[0], LogicalLength)
+
+
+def refuse_unsupported(cache: object) -> None:
+    """Refuse caches whose layers cannot hold a pruned prompt.
+
+    Raises:
+        ValueError: naming the kind of cache and what to use.
+    """
+    layers = getattr(cache, "layers", [])
+    plain = all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, LogicalLength)
+        for layer in layers
+    )
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not plain:
+        raise ValueError(
+            f"a plan that drops tokens needs a plain DynamicCache, got {type(cache).__name__}"
+            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}; leave cache_implementation at its "
+            "default (static, quantised, offloaded and linear-attention caches are not supported)"
+        )
+
+
+def adopt(cache: DynamicCache, depth: int, past_valid: Tensor | None) -> None:
+    """Replace the layers of ``cache`` by logical ones that hold the same tokens.
+
+    Args:
+        cache: a plain dynamic cache, empty or filled by earlier turns.
+        depth: number of decoder layers.
+        past_valid: ``[B, seen]`` bool, which tokens of earlier turns are real; None = all.
+    """
+    cache.layer_class_to_replicate = None
+    cache.layers = [_replacement(cache.layers[i] if i < len(cache.layers) else None, past_valid) for i in range(depth)]
+
+
+def _replacement(layer: Any, past_valid: Tensor | None) -> LogicalLayer:
+    if isinstance(layer, LogicalLayer):
+        return layer
+    sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    fresh = LogicalSlidingLayer(layer.sliding_window) if sliding else LogicalLayer()
+    if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
+        return fresh
+    seen, stored = layer.get_seq_length(), layer.keys.shape[-2]
+    fresh.lazy_initialization(layer.keys, layer.values)
+    fresh.keys, fresh.values = layer.keys, layer.values
+    fresh.seen = seen
+    batch, device = layer.keys.shape[0], layer.keys.device
+    fresh.slots = torch.arange(seen - stored, seen, device=device).expand(batch, stored)
+    if past_valid is not None:
+        fresh.valid = past_valid[:, -stored:].to(device)
+    return fresh

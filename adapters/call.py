@@ -1,0 +1,187 @@
+"""The state of one forward pass through a pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.adapters.masks import gather_rows, pack
+from mmfast.adapters.media import Segment
+from mmfast.token_pruning.base import LayerEvent
+from mmfast.tokens import Layout
+
+
+@dataclass(frozen=True)
+class Level:
+    """The tokens alive between two reductions; all tensors are ``[B, K]``.
+
+    Attributes:
+        slots: int64 place of each token in the prompt as the user passed it.
+        real: bool, which tokens are real and not padding; None = all.
+        entry: int64 place among the tokens with which the decoder was entered; None at the entrance.
+        whole: nothing of the prompt is missing.
+        positions: position ids where they differ from gathering those of the decoder; None = gather.
+    """
+
+    slots: Tensor
+    real: Tensor | None
+    entry: Tensor | None = None
+    whole: bool = False
+    positions: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens K, padding included."""
+        return int(self.slots.shape[1])
+
+    def counts(self) -> list[int]:
+        """Real tokens per row."""
+        if self.real is None:
+            return [self.length] * self.slots.shape[0]
+        return [int(value) for value in self.real.sum(dim=1).tolist()]
+
+    def narrow(self, keep: Tensor) -> tuple[Level, Tensor]:
+        """Keep the ``[B, K]`` bool chosen tokens; also return ``[B, K']`` their places in this level."""
+        step, real = pack(keep)
+        entry = step if self.entry is None else self.entry.gather(1, step)
+        return Level(self.slots.gather(1, step), real, entry), step
+
+    def stretch(self, states: Tensor, length: int) -> Tensor:
+        """Give every place of the full prompt the state of the nearest kept token at or before it.
+
+        Args:
+            states: ``[B, K, D]``.
+            length: length S of the full prompt.
+
+        Returns:
+            ``[B, S, D]``.
+        """
+        batch, kept = self.slots.shape
+        present = torch.zeros(batch, length, dtype=torch.int64, device=states.device)
+        real = torch.ones_like(self.slots) if self.real is None else self.real.long()
+        present.scatter_add_(1, self.slots.to(states.device), real.to(states.device))
+        counts = present.sum(dim=1, keepdim=True)
+        # Real tokens are packed to the right, so the r-th of them stands at kept - count + r.
+        rank = (present.cumsum(dim=1) - 1).clamp_min(0)
+        places = (rank + kept - counts).clamp(0, kept - 1)
+        return gather_rows(states, places)
+
+
+@dataclass
+class Outer:
+    """What the outer model was called with.
+
+    Attributes:
+        visual: modality -> ``[B, S]`` bool placeholders, if the call brings features; else empty.
+        layouts: modality -> layouts of its images or videos.
+        attention_mask: 2-D mask of the user or None.
+        input_ids: token ids or None.
+        features: the object that brings the features, to tell whether two calls bring the same.
+        untagged: modality of precomputed features of which nothing is known, if any.
+    """
+
+    visual: dict[str, Tensor] = field(default_factory=dict)
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    attention_mask: Tensor | None = None
+    input_ids: Tensor | None = None
+    features: Any = None
+    untagged: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The last prompt run without a cache, to recognise it when generated tokens follow it.
+
+    Without a cache every step reads the whole sequence again. What the last *prompt* token looks at
+    must decide in each of them, or every generated token would change what was dropped.
+
+    Attributes:
+        input_ids: ``[B, S]`` of the prompt.
+        length: tokens of the latest call.
+        features: what brought its features.
+    """
+
+    input_ids: Tensor
+    length: int
+    features: Any
+
+    def continued_by(self, outer: Outer) -> bool:
+        """Say whether a call is this prompt with one more generated token."""
+        ids, own = outer.input_ids, self.input_ids
+        return (
+            ids is not None
+            and outer.features is self.features
+            and ids.shape == (own.shape[0], self.length + 1)
+            and bool((ids[:, : own.shape[1]] == own).all())
+        )
+
+
+@dataclass
+class Inner:
+    """One pass through the decoder.
+
+    Attributes:
+        length: tokens of this call as the user passed them, S.
+        levels: layer index at which it begins -> level, ascending; 0 is the entrance.
+        segments: per row, its images and videos.
+        candidate: ``[B, S]`` bool, visual tokens that layers may drop.
+        number: ``[B, S]`` int64, number of each candidate among those that entered.
+        media: ``[B, S]`` int64, image or video each candidate belongs to.
+        media_totals: per row, candidates that entered per image or video.
+        deepstack: features to add after the first layers, one ``[V, D]`` tensor each.
+        deepstack_visual: ``[B, S]`` bool places of those features.
+        events: reductions inside the stack, by layer.
+        cache: the cache or None.
+        seen: logical tokens before this call.
+        prompt_end: place of the last prompt token, where tokens generated without a cache follow it.
+        base_shift: ``[B]`` int64 by which positions are lowered already; None = 0.
+        undo: callbacks that end the call.
+        selection_marks: begin and end marks of selections.
+    """
+
+    length: int
+    levels: dict[int, Level]
+    segments: list[list[Segment]] = field(default_factory=list)
+    candidate: Tensor | None = None
+    number: Tensor | None = None
+    media: Tensor | None = None
+    media_totals: list[tuple[int, ...]] = field(default_factory=list)
+    deepstack: list[Tensor] = field(default_factory=list)
+    deepstack_visual: Tensor | None = None
+    events: dict[int, LayerEvent] = field(default_factory=dict)
+    cache: Any = None
+    seen: int = 0
+    prompt_end: int | None = None
+    base_shift: Tensor | None = None
+    undo: list[Any] = field(default_factory=list)
+    selection_marks: list[tuple[Any, Any]] = field(default_factory=list)
+    tables: dict[Any, Any] = field(default_factory=dict)
+
+    def level_at(self, layer: int) -> Level:
+        """Return the level of the tokens that enter a layer."""
+        return self.levels[max(start for start in self.levels if start <= layer)]
+
+    def remembered(self, key: Any, build: Any) -> Any:
+        """Build a gathered table once per level."""
+        if key not in self.tables:
+            self.tables[key] = build()
+        return self.tables[key]
+
+
+def compact_positions(positions: Tensor, real: Tensor | None, first: Tensor) -> Tensor:
+    """Number the real tokens of each row consecutively from ``first``.
+
+    Args:
+        positions: ``[B, K]`` int64, for shape, dtype and device.
+        real: ``[B, K]`` bool; None = all.
+        first: ``[B]`` int64, the position of the first real token.
+
+    Example:
+        >>> compact_positions(torch.zeros(1, 3, dtype=torch.long), None, torch.tensor([5])).tolist()
+        [[5, 6, 7]]
+    """
+    present = torch.ones_like(positions) if real is None else real.to(positions.dtype)
+    return (present.cumsum(dim=1) - 1).clamp_min(0) + first[:, None]

@@ -1,0 +1,30 @@
+"""PaliGemma and Gemma 3: masks built before the decoder, sliding windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmfast.adapters.base import Adapter, family
+
+
+@family("paligemma")
+class PaliGemma(Adapter):
+    """One square grid per image at the head of the prompt, attended to in both directions."""
+
+    masks_before_decoder = True
+
+
+@family("gemma3")
+class Gemma3(Adapter):
+    """Square grids; most layers look through a sliding window measured in original positions."""
+
+    masks_before_decoder = True
+    can_compact = False
+
+    def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Sliding and full layers have tables of their own."""
+        attention: Any = self.attention(layer)
+        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids, attention.layer_type)  # type: ignore[operator]
+        return tables

@@ -1,0 +1,10 @@
+"""InternVL: square tiles, several per image."""
+
+from __future__ import annotations
+
+from mmfast.adapters.base import Adapter, family
+
+
+@family("internvl")
+class InternVL(Adapter):
+    """Each tile is one item; the processor does not say which tiles make up an image."""

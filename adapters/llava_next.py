@@ -1,0 +1,102 @@
+"""LLaVA-NeXT and LLaVA-NeXT-Video: AnyRes tiles with newline tokens, pooled video frames."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from mmfast.adapters.base import Adapter, family, packed_layout, square_or_unknown
+from mmfast.tokens import Layout
+
+
+@family("llava_next")
+class LlavaNext(Adapter):
+    """Tile 0 is the whole image, then the crops in raster order with one newline token per row."""
+
+    def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Send coordinates through the model's own packing, which unpads and adds newlines."""
+        if modality == "video":
+            return self.video_layouts(arguments, features)
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        found = []
+        for size, item in zip(arguments["image_sizes"], features, strict=False):
+            high, wide = get_anyres_image_grid_shape(
+                size, self.model.config.image_grid_pinpoints, vision.image_size
+            )
+            tiles = _coordinates(high, wide, side)
+            packed = self._pack(tiles, size)
+            if len(packed) != len(item):
+                # The model packs a single tile when its processor made only one.
+                packed = self._pack(tiles[:1], size)
+            known = len(packed) == len(item)
+            found.append(packed_layout(packed, wide, high, side) if known else Layout.unknown(len(item)))
+        return found
+
+    def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Lay out videos; families without video never get here."""
+        return [Layout.unknown(len(item), "video") for item in features]
+
+    def _pack(self, tiles: Tensor, size: Any) -> Tensor:
+        pack = self.base.pack_image_features  # type: ignore[union-attr]
+        arguments: dict[str, Any] = {
+            "image_features": [tiles],
+            "image_sizes": torch.as_tensor(size)[None],
+            "image_newline": torch.zeros(tiles.shape[-1]) if self._has_newline() else None,
+        }
+        if "vision_feature_select_strategy" in inspect.signature(pack).parameters:
+            arguments["vision_feature_select_strategy"] = "full"
+        packed: Tensor = pack(**arguments)[0][0]  # type: ignore[operator]
+        return packed
+
+    def _has_newline(self) -> bool:
+        return getattr(self.base, "image_newline", None) is not None
+
+
+@family("llava_next_video")
+class LlavaNextVideo(LlavaNext):
+    """Images as in LLaVA-NeXT; each video frame is pooled to a square grid."""
+
+    def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Divide each video evenly over its frames."""
+        frames = int(arguments["pixel_values_videos"].shape[1])
+        return video_grids(features, frames)
+
+
+def video_grids(features: Sequence[Tensor], frames: int, extra: int = 0) -> list[Layout]:
+    """Lay out videos of equal, square frames, optionally followed by ``extra`` newline tokens.
+
+    Args:
+        features: ``[n, D]`` per video (or per frame, when there are more items than videos).
+        frames: frames per video.
+        extra: newline tokens at the end of a video (0 or 1).
+    """
+    found = []
+    for item in features:
+        tokens = len(item) - extra
+        frame = square_or_unknown(tokens // frames, "video")
+        if tokens % frames or not frame.grid_known:
+            found.append(Layout.unknown(len(item), "video"))
+            continue
+        side = int(frame.row.max()) + 1
+        layout = Layout.grid(side, side, frames=frames, modality="video")
+        found.append(layout.with_newline() if extra else layout)
+    return found
+
+
+def _coordinates(high: int, wide: int, side: int) -> Tensor:
+    """Return ``[1 + high*wide, side*side, 4]``: (1, column, row, is crop) of every token of every tile."""
+    row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    one = torch.ones(side, side)
+    tiles = [torch.stack([one, col.float(), row.float(), one * 0], dim=-1)]
+    for tile_row in range(high):
+        for tile_col in range(wide):
+            tiles.append(
+                torch.stack([one, (col + tile_col * side).float(), (row + tile_row * side).float(), one], dim=-1)
+            )
+    return torch.stack(tiles).reshape(1 + high * wide, side * side, 4)

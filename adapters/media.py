@@ -1,0 +1,143 @@
+"""Which tokens of a prompt belong to which image or video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.tokens import Layout
+
+FEATURE_KEYS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+_TAG = "_mmfast_layouts"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One image or video inside one prompt.
+
+    Attributes:
+        slots: ``[n]`` int64 places of its visual tokens in the padded prompt, ascending.
+        layout: where each token lies.
+    """
+
+    slots: Tensor
+    layout: Layout
+
+
+def items_of(features: Any) -> list[Tensor]:
+    """Split what ``get_image_features`` returned into one ``[n, D]`` tensor per item."""
+    pooled = getattr(features, "pooler_output", features)
+    if isinstance(pooled, Tensor):
+        return [pooled] if pooled.ndim == 2 else list(pooled.flatten(0, -3))
+    return list(pooled)
+
+
+def tag(output: Any, layouts: list[Layout]) -> None:
+    """Attach layouts to a feature output, which later arrives in ``mm_encoder_outputs``."""
+    if hasattr(output, "__dict__"):
+        setattr(output, _TAG, layouts)
+
+
+def tagged(output: Any) -> list[Layout] | None:
+    """Read layouts back."""
+    found: list[Layout] | None = getattr(output, _TAG, None)
+    return found
+
+
+def has_features(kwargs: dict[str, Any]) -> bool:
+    """Say whether a call of the outer model brings image or video features."""
+    if any(kwargs.get(key) is not None for key in FEATURE_KEYS):
+        return True
+    return any(value is not None for value in (kwargs.get("mm_encoder_outputs") or {}).values())
+
+
+def feature_source(kwargs: dict[str, Any]) -> Any:
+    """Return the object that brings the features of a call; the same object means the same features."""
+    for source in (*(kwargs.get("mm_encoder_outputs") or {}).values(), *(kwargs.get(key) for key in FEATURE_KEYS)):
+        if source is not None:
+            return source
+    return None
+
+
+def segments(visual: dict[str, Tensor], layouts: dict[str, list[Layout]]) -> list[list[Segment]]:
+    """Assign layouts to the placeholders of each row.
+
+    Rows that repeat a prompt (beams, several returned sequences) share the layouts of the first.
+
+    Args:
+        visual: modality -> ``[B, S]`` bool placeholders.
+        layouts: modality -> layouts in the order of the placeholders.
+
+    Returns:
+        Per row, its segments in the order of the prompt.
+
+    Example:
+        >>> places = torch.tensor([[False, True, True, False, True, True]])
+        >>> [part.slots.tolist() for part in segments({"image": places}, {"image": [Layout.grid(1, 2)] * 2})[0]]
+        [[1, 2], [4, 5]]
+    """
+    rows = next(iter(visual.values())).shape[0]
+    found: list[list[Segment]] = [[] for _ in range(rows)]
+    for modality, places in visual.items():
+        counts = places.sum(dim=1).tolist()
+        known = layouts.get(modality, [])
+        for row, parts in enumerate(_assign(counts, known)):
+            slots = places[row].nonzero().squeeze(-1)
+            if parts is None:
+                found[row].extend(_runs(slots, modality))
+                continue
+            for layout, own in zip(parts, slots.split([len(part) for part in parts]), strict=True):
+                found[row].append(Segment(own, layout))
+    for parts in found:
+        parts.sort(key=lambda part: int(part.slots[0]))
+    return found
+
+
+def _assign(counts: Sequence[int], layouts: Sequence[Layout]) -> list[list[Layout] | None]:
+    """Hand the layouts out to the rows; None where they do not fit the number of placeholders."""
+    total = sum(len(layout) for layout in layouts)
+    repeats = sum(counts) // total if total and sum(counts) % total == 0 else 0
+    if repeats == 0:
+        return [None if count else [] for count in counts]
+    rest, assigned = list(layouts), []
+    for start in range(0, len(counts), repeats):
+        need, own = counts[start], []
+        while need > 0 and rest:
+            own.append(rest.pop(0))
+            need -= len(own[-1])
+        fits = need == 0 and all(count == counts[start] for count in counts[start : start + repeats])
+        if not fits:
+            return [None if count else [] for count in counts]
+        assigned.extend([own] * repeats)
+    return list(assigned)
+
+
+def _runs(slots: Tensor, modality: str) -> list[Segment]:
+    """Without layouts, take each unbroken run of placeholders for one item."""
+    if slots.numel() == 0:
+        return []
+    breaks = ((slots[1:] - slots[:-1]) > 1).nonzero().squeeze(-1) + 1
+    return [Segment(run, Layout.unknown(run.numel(), modality)) for run in slots.tensor_split(breaks.cpu())]
+
+
+def placeholder_masks(kwargs: dict[str, Any], ids: dict[str, int], embedding: Any) -> dict[str, Tensor]:
+    """Find the placeholders of a call, by id or, with embeddings only, by the placeholder's own row.
+
+    Returns:
+        Modality -> ``[B, S]`` bool; a token id shared by two modalities is counted once.
+    """
+    input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    found: dict[str, Tensor] = {}
+    for modality, token in ids.items():
+        if token in [ids[other] for other in found]:
+            continue
+        if input_ids is not None:
+            found[modality] = input_ids == token
+        elif embeds is not None:
+            row = embedding(torch.tensor(token, device=embeds.device))
+            found[modality] = (embeds == row.to(embeds.dtype)).all(dim=-1)
+    return found

@@ -1,0 +1,137 @@
+"""The one call: attach a plan to a model, and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from mmfast.measure import compare
+from mmfast.plan import Plan, PlanLike
+from mmfast.report import Comparison, Report
+
+
+def accelerate(model: nn.Module, plan: PlanLike, *, replace: bool = False) -> Accelerated:
+    """Make a vision-language model faster, in place and reversibly.
+
+    The model keeps its class, its weights and its ``generate``; every change is entered in a ledger
+    that :meth:`Accelerated.remove` undoes exactly.
+
+    Args:
+        model: an unmodified Hugging Face vision-language model.
+        plan: text such as ``"divprune(keep=64) + pyramiddrop()"``, a :class:`~mmfast.plan.Plan`, a
+            list of method objects, or the path of a TOML or JSON file.
+        replace: take off a plan that is already at work on this model; otherwise that is an error.
+
+    Returns:
+        A handle that is also a context manager.
+
+    Raises:
+        TypeError: if no adapter serves the model, or the plan is of the wrong type.
+        ValueError: if the plan cannot be read or the model cannot do what it asks for. The model is
+            untouched then.
+
+    Example:
+        >>> import mmfast
+        >>> model, processor = mmfast.load_default()
+        >>> with mmfast.accelerate(model, "uniform(keep=64)") as fast:
+        ...     fast.plan.to_text()
+        'uniform(keep=64)'
+    """
+    # The outer wall is reached here and nowhere else; it imports transformers.
+    from mmfast.adapters import for_model
+
+    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace)
+
+
+class Accelerated:
+    """A model with a plan at work on it.
+
+    Attributes:
+        model: the model, the same object that was passed in.
+        plan: the plan.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, adapter: Any, *, replace: bool = False) -> None:
+        self.model = model
+        self.plan = plan
+        self._adapter = adapter
+        self._comparison: Comparison | None = None
+        if replace:
+            adapter.release()
+        self._binding = adapter.bind(plan)
+
+    @property
+    def active(self) -> bool:
+        """Whether the plan is at work."""
+        return self._binding is not None
+
+    def remove(self) -> None:
+        """Give back exactly the model there was; calling it twice does no harm."""
+        if self._binding is not None:
+            binding, self._binding = self._binding, None
+            self._last_report = binding.report()
+            binding.detach()
+
+    def report(self) -> Report:
+        """Describe the last prompt with images or videos; also after ``remove()``."""
+        report: Report = self._last_report if self._binding is None else self._binding.report()
+        return report if self._comparison is None else report.with_comparison(self._comparison)
+
+    def measure(self, inputs: Mapping[str, Any], *, max_new_tokens: int = 16, repeats: int = 3) -> Comparison:
+        """Time the untouched and the accelerated model side by side on the same inputs.
+
+        Both generate greedily, in turn, in this process; what is reported is the run with the median
+        total. The plan is taken off for the untouched runs and put back.
+
+        Args:
+            inputs: what the processor returned.
+            max_new_tokens: tokens to generate.
+            repeats: counted runs of each, after one warm-up.
+
+        Raises:
+            ValueError: if the plan has been removed, or ``repeats`` is below 1.
+        """
+        if self._binding is None:
+            raise ValueError("the plan has been removed from this model; call accelerate() again to measure it")
+        self._comparison = compare(
+            self.model, self.suspended, inputs, max_new_tokens=max_new_tokens, repeats=repeats
+        )
+        return self._comparison
+
+    @contextmanager
+    def suspended(self) -> Iterator[nn.Module]:
+        """Take the plan off for a while.
+
+        Example:
+            >>> import mmfast
+            >>> model, processor = mmfast.load_default()
+            >>> fast = mmfast.accelerate(model, "uniform(keep=64)")
+            >>> with fast.suspended() as plain:
+            ...     plain is model
+            True
+            >>> fast.remove()
+        """
+        if self._binding is None:
+            yield self.model
+            return
+        self.remove()
+        try:
+            yield self.model
+        finally:
+            self._binding = self._adapter.bind(self.plan)
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"Accelerated({type(self.model).__name__}, {self.plan.to_text()!r}, {state})"

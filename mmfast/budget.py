@@ -1,0 +1,205 @@
+"""From ``keep`` to counts, layer schedules, FLOPs and KV bytes, without running a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def check_keep(keep: object, *, field: str = "keep") -> None:
+    """Refuse anything that is neither a count nor a fraction.
+
+    Raises:
+        TypeError: if ``keep`` is not an int or a float (bool included).
+        ValueError: if a count is below 1 or a fraction is outside (0, 1].
+
+    Example:
+        >>> check_keep(64); check_keep(0.25)
+        >>> check_keep(0)
+        Traceback (most recent call last):
+        ValueError: keep=0 must be at least 1 as a count (int); a fraction in (0, 1] is a float
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(
+            f"{field}={keep!r} must be a count (int >= 1) or a fraction (float in (0, 1]); "
+            "note that 1 is one token and 1.0 is all of them"
+        )
+    if isinstance(keep, int):
+        if keep < 1:
+            raise ValueError(
+                f"{field}={keep} must be at least 1 as a count (int); a fraction in (0, 1] is a float"
+            )
+    elif not 0.0 < keep <= 1.0:
+        raise ValueError(
+            f"{field}={keep} must lie in (0, 1] as a fraction (float); write {field}={max(1, round(keep) if math.isfinite(keep) else 1)} "
+            "for a count"
+        )
+
+
+def count(keep: int | float, total: int) -> int:
+    """Turn ``keep`` into a number of tokens out of ``total``.
+
+    A fraction is rounded half to even, which is what the official code of most methods does; the
+    result is at least 1 and at most ``total``.
+
+    Args:
+        keep: count (int) or fraction (float in (0, 1]).
+        total: number of candidates.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_keep`.
+
+    Example:
+        >>> count(64, 576), count(0.098, 576), count(0.5, 49), count(64, 10)
+        (64, 56, 24, 10)
+    """
+    check_keep(keep)
+    wanted = keep if isinstance(keep, int) else round(keep * total)
+    return min(max(1, wanted), total)
+
+
+def truncated_count(keep: int | float, total: int) -> int:
+    """As :func:`count`, but a fraction is cut off instead of rounded (PyramidDrop and others).
+
+    Example:
+        >>> truncated_count(0.5, 49), truncated_count(0.1, 50)
+        (24, 5)
+    """
+    check_keep(keep)
+    # 0.3 * 10 is 2.9999999999999996: the guard keeps binary fractions from losing a token.
+    wanted = keep if isinstance(keep, int) else int(keep * total + 1e-9)
+    return min(max(1, wanted), total)
+
+
+def resolve_layer(layer: int | float, depth: int) -> int:
+    """Turn a layer, absolute (int) or relative (float in (0, 1)), into an index below ``depth``.
+
+    Raises:
+        ValueError: if the layer is 0 or beyond the last one.
+
+    Example:
+        >>> resolve_layer(0.25, 32), resolve_layer(2, 32)
+        (8, 2)
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int | float):
+        raise TypeError(f"layer={layer!r} must be an int (index) or a float in (0, 1) (relative depth)")
+    index = layer if isinstance(layer, int) else max(1, round(layer * depth))
+    if not 1 <= index < depth:
+        raise ValueError(
+            f"layer={layer} means layer {index}, which must lie in 1..{depth - 1} for a model of {depth} layers: "
+            "tokens can only be dropped between two layers"
+        )
+    return index
+
+
+def geometric_fractions(keep: float, stages: int) -> list[float]:
+    """Split one reduction to the fraction ``keep`` into ``stages`` equal steps.
+
+    Example:
+        >>> geometric_fractions(0.125, 3)
+        [0.5, 0.25, 0.125]
+    """
+    step = keep ** (1.0 / stages)
+    return [round(step**stage, 12) for stage in range(1, stages)] + [keep]
+
+
+def geometric_for_average(keep: float, layers: Sequence[int], depth: int) -> list[float]:
+    """Find the geometric schedule whose average over all layers is ``keep``.
+
+    Args:
+        keep: wanted average fraction over the ``depth`` layers.
+        layers: layers before which tokens are dropped, ascending.
+        depth: number of layers.
+
+    Raises:
+        ValueError: if the layers before the first drop alone exceed the average.
+
+    Example:
+        >>> fractions = geometric_for_average(0.46875, [8, 16, 24], 32)
+        >>> [round(fraction, 3) for fraction in fractions]
+        [0.5, 0.25, 0.125]
+    """
+    bounds = [*layers, depth]
+    spans = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+
+    def average(step: float) -> float:
+        return (layers[0] + sum(span * step ** (i + 1) for i, span in enumerate(spans))) / depth
+
+    if keep <= layers[0] / depth:
+        raise ValueError(
+            f"keep={keep:g} as a layer average cannot be reached: the {layers[0]} of {depth} layers before the "
+            f"first drop read every token, so it must exceed {layers[0] / depth:.3f}; drop in earlier layers "
+            "or before the LLM"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if average(middle) < keep else (low, middle)
+    return [high ** (stage + 1) for stage in range(len(layers))]
+
+
+@dataclass(frozen=True)
+class LanguageShape:
+    """The sizes of a language model that decide its cost.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width D.
+        intermediate: width of the feed-forward part M.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        head_dim: width of one head.
+        feed_forward_matrices: 3 for gated feed-forward parts (Llama, Qwen), 2 for plain ones.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward_matrices: int = 3
+
+    def layer_flops(self, tokens: int, context: int | None = None) -> int:
+        """Count the multiply-accumulates of one layer, the unit the literature calls FLOPs.
+
+        ``4nD^2 + 2n^2 D + 3nDM`` for a multi-head, gated layer; grouped-query attention shrinks the
+        key and value projections.
+
+        Args:
+            tokens: tokens n that pass the layer.
+            context: tokens attended to; ``tokens`` when None.
+
+        Example:
+            >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
+            >>> round(32 * llava.layer_flops(576) / 1e12, 3)
+            3.817
+        """
+        context = tokens if context is None else context
+        query_width = self.heads * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        projections = 2 * tokens * self.hidden * (query_width + kv_width)
+        attention = 2 * tokens * context * query_width
+        feed_forward = self.feed_forward_matrices * tokens * self.hidden * self.intermediate
+        return projections + attention + feed_forward
+
+    def kv_bytes(self, tokens_per_layer: Sequence[int], bytes_per_value: int = 2) -> int:
+        """Predict the size of the key/value cache in bytes.
+
+        Example:
+            >>> LanguageShape(2, 64, 128, 4, 2, 16).kv_bytes([10, 5], 4)
+            3840
+        """
+        return sum(2 * n * self.kv_heads * self.head_dim * bytes_per_value for n in tokens_per_layer)
+
+
+def prefill_flops(shape: LanguageShape, tokens_per_layer: Sequence[int]) -> int:
+    """Add up the multiply-accumulates of a prefill whose layer l reads ``tokens_per_layer[l]`` tokens.
+
+    Example:
+        >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
+        >>> round(prefill_flops(llava, [576] * 2 + [288] * 30) / 1e12, 3)
+        2.007
+    """
+    return sum(shape.layer_flops(n) for n in tokens_per_layer)

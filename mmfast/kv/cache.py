@@ -1,0 +1,122 @@
+"""The transformers-free half of a cache layer whose stored and logical length differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What the next ``update`` of a layer brings.
+
+    Attributes:
+        length: number of logical tokens, dropped ones included.
+        valid: ``[B, q]`` bool, which of the q stored tokens are real; None = all.
+        slots: ``[B, q]`` int64, the logical place of each stored token, counted from the start of the call.
+        level: number that tells apart the different selections of tokens inside one call.
+    """
+
+    length: int
+    valid: Tensor | None
+    slots: Tensor
+    level: int = 0
+
+
+class LogicalLength:
+    """Mixin of a cache layer: the outside sees ``seen`` logical tokens, the inside stores fewer.
+
+    The concrete class provides ``keys`` and ``values`` of ``[B, H, P, d]``.
+
+    Attributes:
+        seen: logical tokens so far, dropped ones included; what ``get_seq_length`` reports.
+        valid: ``[B, P]`` bool, which stored slots are real tokens; None = all.
+        slots: ``[B, P]`` int64, logical place of each stored token.
+        shift: ``[B]`` int64, by how much positions of later tokens are lowered (compact positions).
+        history: layers of one cache with the same history have the same books.
+    """
+
+    seen: int
+    valid: Tensor | None
+    slots: Tensor | None
+    shift: Tensor | None
+    history: int
+    announced: Announcement | None
+    keys: Tensor | None
+    values: Tensor | None
+
+    def start_logical(self) -> None:
+        """Begin with nothing seen."""
+        self.seen = 0
+        self.valid = None
+        self.slots = None
+        self.shift = None
+        self.history = 0
+        self.announced = None
+
+    @property
+    def stored(self) -> int:
+        """Number of stored slots P."""
+        return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
+
+    def account(self, batch: int, query: int, device: torch.device) -> None:
+        """Book the ``query`` tokens that are about to be stored."""
+        note, self.announced = self.announced, None
+        if note is None:
+            note = Announcement(query, None, torch.arange(query, device=device).expand(batch, query))
+        fresh = note.slots.to(device) + self.seen
+        self.slots = fresh if self.slots is None else torch.cat([self.slots, fresh], dim=1)
+        if self.valid is not None or note.valid is not None:
+            past = self.slots.shape[1] - query
+            before = (
+                self.valid
+                if self.valid is not None
+                else torch.ones(batch, past, dtype=torch.bool, device=device)
+            )
+            new = (
+                note.valid.to(device)
+                if note.valid is not None
+                else torch.ones(batch, query, dtype=torch.bool, device=device)
+            )
+            self.valid = torch.cat([before, new], dim=1)
+        self.seen += note.length
+        self.history = hash((self.history, note.level))
+
+    def mask_sizes(self, query: int) -> tuple[int, int]:
+        """Say length and offset of the keys: stored tokens are right-aligned on the logical axis."""
+        return self.stored + query, self.seen - self.stored
+
+    def drop_last(self, tokens: int) -> None:
+        """Undo the last ``tokens`` tokens.
+
+        Raises:
+            ValueError: if that would reach into tokens that were pruned.
+        """
+        if tokens == 0:
+            return
+        slots = self.slots
+        if slots is None or self.stored < tokens or not bool((slots[:, -tokens] == self.seen - tokens).all()):
+            raise ValueError(
+                f"cannot take back {tokens} tokens: the cache holds a pruned prompt, and only tokens after its last "
+                "dropped token can be taken back; start from a fresh cache instead"
+            )
+        self.slots = slots[:, :-tokens]
+        if self.valid is not None:
+            self.valid = self.valid[:, :-tokens]
+        self.seen -= tokens
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Reorder or choose rows of the batch in every book."""
+        for name in ("valid", "slots", "shift"):
+            book = getattr(self, name)
+            if book is not None:
+                setattr(self, name, book.index_select(0, rows.to(book.device)))
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Repeat each row of the batch in every book."""
+        for name in ("valid", "slots", "shift"):
+            book = getattr(self, name)
+            if book is not None:
+                setattr(self, name, book.repeat_interleave(repeats, dim=0))

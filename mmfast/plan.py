@@ -1,0 +1,198 @@
+"""Plan: which method acts at which stage, in text, as objects or in a file."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmfast.registry import STACKING_STAGES, STAGES, get
+from mmfast.token_pruning.base import Method
+
+_EXAMPLE = '"divprune(keep=64) + pyramiddrop()"'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered set of methods, at most one per stage unless the stage stacks.
+
+    Attributes:
+        methods: the methods, sorted by stage (their order inside a stage is kept).
+
+    Raises:
+        TypeError: if an element is no method object.
+        ValueError: if two methods claim the same stage.
+
+    Example:
+        >>> Plan.parse("pyramiddrop() + divprune(keep=64)").to_text()
+        'divprune(keep=64) + pyramiddrop()'
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if not isinstance(method, Method) or not hasattr(method, "stage"):
+                raise TypeError(
+                    f"a plan holds registered method objects, got {method!r}; write {_EXAMPLE} or build one with "
+                    "mmfast.registry.get(name).method(...)"
+                )
+        ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
+        for first, second in zip(ordered, ordered[1:], strict=False):
+            if first.stage == second.stage and first.stage not in STACKING_STAGES:
+                raise ValueError(
+                    f"methods {first.name!r} and {second.name!r} both act at stage {first.stage!r}, which takes one; "
+                    "remove one of them"
+                )
+        object.__setattr__(self, "methods", tuple(ordered))
+
+    @staticmethod
+    def of(plan: PlanLike) -> Plan:
+        """Build a plan from text, a plan, method objects, a mapping or the path of a TOML/JSON file.
+
+        Raises:
+            TypeError, ValueError: saying what is wrong with it.
+            FileNotFoundError: if a path does not exist.
+
+        Example:
+            >>> Plan.of("random(keep=0.5)") == Plan.of([get("random").method(keep=0.5)])
+            True
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, Method):
+            return Plan((plan,))
+        if isinstance(plan, Path):
+            return Plan.load(plan)
+        if isinstance(plan, str):
+            return Plan.load(Path(plan)) if plan.endswith((".toml", ".json")) else Plan.parse(plan)
+        if isinstance(plan, Mapping):
+            return Plan.from_dict(plan)
+        if isinstance(plan, Iterable):
+            return Plan(tuple(plan))
+        raise TypeError(
+            f"plan must be text such as {_EXAMPLE}, a Plan, a list of methods or a file, got {type(plan).__name__}"
+        )
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """Read the text form: methods joined by ``+``, options as keywords with literal values.
+
+        ``"full"`` (or an empty text) is the empty plan.
+
+        Raises:
+            ValueError: naming the place that cannot be read, the unknown method or option.
+
+        Example:
+            >>> Plan.parse("fastv(layer=2, keep=0.5)").methods[0].layer
+            2
+        """
+        if text.strip() in ("", "full"):
+            return Plan()
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise ValueError(f"plan {text!r} cannot be read; write it like {_EXAMPLE}") from None
+        return Plan(tuple(_method(node, text) for node in _terms(tree)))
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """Read the form of plan files: ``{"method": [{"name": ..., option: value, ...}, ...]}``.
+
+        Example:
+            >>> Plan.from_dict({"method": [{"name": "uniform", "keep": 64}]}).to_text()
+            'uniform(keep=64)'
+        """
+        entries = data.get("method")
+        if set(data) != {"method"} or not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise ValueError(
+                "a plan file holds a list named 'method' and nothing else, one [[method]] table with a 'name' each; "
+                f"found {', '.join(map(repr, data)) or 'nothing'}"
+            )
+        built = []
+        for entry in entries:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+                raise ValueError(f"each [[method]] needs a 'name' (text), got {entry!r}")
+            built.append(_build(entry["name"], {k: v for k, v in entry.items() if k != "name"}))
+        return Plan(tuple(built))
+
+    @staticmethod
+    def load(path: Path) -> Plan:
+        """Read a plan file; the ending says whether it is TOML or JSON.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it cannot be read as a plan.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"plan file {str(path)!r} does not exist")
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"plan file {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from None
+        if not isinstance(data, Mapping):
+            raise ValueError(f"plan file {str(path)!r} must hold a table with a list named 'method'")
+        return Plan.from_dict(data)
+
+    def to_text(self) -> str:
+        """Write the text form, which :meth:`parse` reads back; the empty plan is ``"full"``."""
+        return " + ".join(method.to_text() for method in self.methods) or "full"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the form of plan files, every option named."""
+        return {"method": [{"name": method.name, **method.options()} for method in self.methods]}
+
+    def at(self, stage: str) -> tuple[Method, ...]:
+        """Return the methods that act at ``stage``."""
+        return tuple(method for method in self.methods if method.stage == stage)
+
+
+PlanLike = str | Path | Plan | Method | Mapping[str, Any] | Iterable[Method]
+"""Everything :meth:`Plan.of` understands."""
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return [node]
+
+
+def _method(node: ast.expr, text: str) -> Method:
+    if isinstance(node, ast.Name):
+        return _build(node.id, {})
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(f"plan {text!r}: {ast.unparse(node)!r} is no method; write it like {_EXAMPLE}")
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(
+            f"plan {text!r}: options of {node.func.id!r} need names, for example {node.func.id}(keep=64)"
+        )
+    options = {}
+    for keyword in node.keywords:
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise ValueError(
+                f"plan {text!r}: {keyword.arg}={ast.unparse(keyword.value)} must be a literal "
+                "(number, quoted text, True, None or a tuple)"
+            ) from None
+    return _build(node.func.id, options)
+
+
+def _build(name: str, options: dict[str, Any]) -> Method:
+    info = get(name)
+    for option in options:
+        if option not in info.options:
+            near = difflib.get_close_matches(option, info.options, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(info.options)}"
+            raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
+    try:
+        method: Method = info.method(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {name!r}: {error}") from None
+    return method

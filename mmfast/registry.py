@@ -1,0 +1,177 @@
+"""The one registry of methods: names, stages, lazy imports and third-party entry points."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+STAGES = ("frames", "encoder", "before_llm", "in_llm", "cache", "decode")
+"""The stages of one request, in the order in which they run."""
+
+STACKING_STAGES = frozenset({"encoder", "cache"})
+"""Stages in which a plan may hold more than one method."""
+
+_ROOMS = ("mmfast.token_pruning.before_llm", "mmfast.token_pruning.in_llm")
+_ENTRY_POINTS = "mmfast.methods"
+_REGISTERED: dict[str, MethodInfo] = {}
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a registered method.
+
+    Attributes:
+        name: registry name, equal to the file name of the method.
+        stage: one of :data:`STAGES`.
+        kind: name of the base class that says how the method decides (``Selector``, ``LayerDropper``, ...).
+        summary: first line of the method's docstring.
+        paper: arXiv number or venue; empty for baselines.
+        source: the repository whose code the numerics were checked against; empty for baselines.
+        training_free: whether the method runs without any learned weights.
+        needs: names of the signals the method asks the model for.
+        options: parameter name -> default value.
+        method: the class itself; ``info.method(keep=64)`` builds one.
+    """
+
+    name: str
+    stage: str
+    kind: str
+    summary: str
+    paper: str
+    source: str
+    training_free: bool
+    needs: tuple[str, ...]
+    options: dict[str, Any]
+    method: type
+
+
+def register(
+    name: str, *, stage: str, paper: str = "", source: str = "", training_free: bool = True
+) -> Callable[[C], C]:
+    """Register a method class under ``name``; use as a class decorator.
+
+    Args:
+        name: registry name (snake_case, equal to the file name).
+        stage: one of :data:`STAGES`.
+        paper: arXiv number or venue of the paper.
+        source: ``owner/repository`` of the official code.
+        training_free: whether it runs without learned weights.
+
+    Raises:
+        ValueError: if the name is not snake_case, is taken, or the stage is unknown.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from mmfast.token_pruning.base import Scorer
+        >>> @register("doctest_energy", stage="before_llm")
+        ... @dataclass(frozen=True)
+        ... class Energy(Scorer):
+        ...     '''Keep the tokens of largest norm.'''
+        ...     def score(self, tokens):
+        ...         return tokens.features.float().norm(dim=-1)
+        >>> get("doctest_energy").summary
+        'Keep the tokens of largest norm.'
+        >>> unregister("doctest_energy")
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"method name {name!r} must be a lower-case identifier such as 'divprune'")
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} of method {name!r} must be one of {', '.join(STAGES)}")
+
+    def add(method: C) -> C:
+        if name in _REGISTERED and _REGISTERED[name].method is not method:
+            raise ValueError(f"method name {name!r} is already registered by {_REGISTERED[name].method!r}")
+        kind = next(base.__name__ for base in method.__mro__ if "kind" in vars(base))
+        _REGISTERED[name] = MethodInfo(
+            name=name,
+            stage=stage,
+            kind=kind,
+            summary=(method.__doc__ or "").strip().split("\n")[0],
+            paper=paper,
+            source=source,
+            training_free=training_free,
+            needs=tuple(sorted(getattr(method, "needs", ()))),
+            options={
+                key: field.default
+                for key, field in getattr(method, "__dataclass_fields__", {}).items()
+                if field.init
+            },
+            method=method,
+        )
+        method.name = name  # type: ignore[attr-defined]
+        method.stage = stage  # type: ignore[attr-defined]
+        return method
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Forget a method; for tests and notebooks that define one on the spot.
+
+    Example:
+        >>> unregister("never_registered")
+    """
+    _REGISTERED.pop(name, None)
+
+
+@cache
+def _built_in() -> dict[str, str]:
+    """Registry name -> module, read from the file names of the method rooms without importing them."""
+    return {
+        module.name: f"{room}.{module.name}"
+        for room in _ROOMS
+        for module in pkgutil.iter_modules(import_module(room).__path__)
+    }
+
+
+def get(name: str) -> MethodInfo:
+    """Look up one method by name, importing its module if needed.
+
+    Raises:
+        ValueError: if no such method exists; the message lists near matches.
+
+    Example:
+        >>> get("divprune").stage
+        'before_llm'
+    """
+    if name not in _REGISTERED and name in _built_in():
+        import_module(_built_in()[name])
+    if name not in _REGISTERED:
+        for point in entry_points(group=_ENTRY_POINTS):
+            if point.name == name:
+                point.load()
+    if name not in _REGISTERED:
+        known = sorted({*_REGISTERED, *_built_in(), *(p.name for p in entry_points(group=_ENTRY_POINTS))})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known methods: {', '.join(known)}"
+        raise ValueError(f"unknown method {name!r}; {hint}")
+    return _REGISTERED[name]
+
+
+def methods(stage: str | None = None) -> list[MethodInfo]:
+    """List every method, in the order of the stages, then by name.
+
+    Args:
+        stage: only the methods of this stage.
+
+    Raises:
+        ValueError: if the stage is unknown.
+
+    Example:
+        >>> [info.name for info in methods("in_llm")]
+        ['fastv', 'pyramiddrop', 'random_in_llm', 'uniform_in_llm']
+    """
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"stage {stage!r} must be one of {', '.join(STAGES)}")
+    for name in (*_built_in(), *(point.name for point in entry_points(group=_ENTRY_POINTS))):
+        get(name)
+    found = [info for info in _REGISTERED.values() if stage in (None, info.stage)]
+    return sorted(found, key=lambda info: (STAGES.index(info.stage), info.name))

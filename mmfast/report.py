@@ -1,0 +1,315 @@
+"""What a plan did to the last prompt: tokens, seconds, FLOPs and bytes, and whether it paid."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.budget import LanguageShape, prefill_flops
+from mmfast.tokens import Layout
+
+PHASES = ("vision", "selection", "prefill", "decode")
+"""The phases of one request whose seconds are reported."""
+
+
+class Stopwatch:
+    """Take times on any device without making a GPU wait.
+
+    On CUDA a mark is an event of the stream, read when the report is asked for.
+
+    Example:
+        >>> watch = Stopwatch(torch.device("cpu"))
+        >>> begin = watch.mark()
+        >>> watch.seconds(begin, watch.mark()) >= 0.0
+        True
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Take a time."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Return the seconds between two marks."""
+        if self._cuda:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        return float(end - begin)
+
+
+@dataclass(frozen=True)
+class MediaRecord:
+    """What happened to the tokens of one image or video.
+
+    Attributes:
+        row: row of the batch.
+        modality: ``"image"`` or ``"video"``.
+        tokens: visual tokens the model made.
+        entered: of these, how many the language model read in its first layer.
+        left: how many its last layer read.
+        entered_indices: int64 ``[entered]``, which ones, on the CPU.
+        left_indices: int64 ``[left]``, which ones.
+        layout: where the tokens lie, for drawing.
+    """
+
+    row: int
+    modality: str
+    tokens: int
+    entered: int
+    left: int
+    entered_indices: Tensor
+    left_indices: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of a side-by-side measurement, in seconds.
+
+    Attributes:
+        first_token: from the call to the end of the prefill, vision and selection included.
+        per_token: one decode step.
+        total: the whole call.
+        new_tokens: tokens generated.
+    """
+
+    first_token: float
+    per_token: float
+    total: float
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The untouched and the accelerated model on the same inputs, in turn, in one run.
+
+    Attributes:
+        baseline: the untouched model.
+        accelerated: the model with the plan.
+        repeats: runs of each, after one warm-up.
+        setting: attention backend, dtype, device, batch size and prompt length.
+        agreement: share of generated tokens that are equal, position by position.
+    """
+
+    baseline: Timing
+    accelerated: Timing
+    repeats: int
+    setting: str
+    agreement: float
+
+    @property
+    def prefill_ratio(self) -> float:
+        """Baseline over accelerated time to the first token; above 1 is faster."""
+        return self.baseline.first_token / self.accelerated.first_token
+
+    @property
+    def total_ratio(self) -> float:
+        """Baseline over accelerated time of the whole call; above 1 is faster."""
+        return self.baseline.total / self.accelerated.total
+
+    def verdict(self) -> str:
+        """Say plainly whether the plan paid."""
+        ratio = self.total_ratio
+        if ratio < 1.0:
+            return (
+                f"This plan is SLOWER than the untouched model: {1 / ratio:.2f}x the time end to end "
+                f"({self.accelerated.total:.3f} s against {self.baseline.total:.3f} s; {self.setting})."
+            )
+        return (
+            f"{ratio:.2f}x faster end to end, {self.prefill_ratio:.2f}x to the first token "
+            f"(median of {self.repeats}; {self.setting})."
+        )
+
+
+@dataclass
+class Report:
+    """The last prompt with images or videos, and the tokens generated after it.
+
+    Attributes:
+        plan: the plan in text form.
+        model: class of the model.
+        shape: sizes of the language model, for the predictions.
+        media: one record per image or video, row by row.
+        text_tokens: per row, tokens of the prompt that are not visual.
+        tokens_per_layer: per row, how many tokens each decoder layer read.
+        seconds: phase -> seconds; the phases are :data:`PHASES`.
+        decode_steps: forward passes after the prefill.
+        kv_bytes: bytes of the key/value cache after the prefill, measured; 0 without a cache.
+        kv_value_bytes: bytes of one cached value.
+        peak_bytes: peak memory of the device (CUDA) or of the process (CPU).
+        comparison: a side-by-side measurement, if one was made.
+        note: why there is nothing to report, if so.
+    """
+
+    plan: str
+    model: str
+    shape: LanguageShape
+    media: list[MediaRecord] = field(default_factory=list)
+    text_tokens: list[int] = field(default_factory=list)
+    tokens_per_layer: list[list[int]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    decode_steps: int = 0
+    kv_bytes: int = 0
+    kv_value_bytes: int = 4
+    peak_bytes: int = 0
+    comparison: Comparison | None = None
+    note: str = ""
+
+    @property
+    def full_tokens(self) -> list[int]:
+        """Per row, the tokens every layer of the untouched model reads."""
+        return [
+            text + sum(item.tokens for item in self.media if item.row == row)
+            for row, text in enumerate(self.text_tokens)
+        ]
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates of the prefill of the language model, all rows."""
+        return sum(prefill_flops(self.shape, layers) for layers in self.tokens_per_layer)
+
+    @property
+    def full_flops(self) -> int:
+        """The same for the untouched model."""
+        return sum(prefill_flops(self.shape, [n] * self.shape.layers) for n in self.full_tokens)
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """Bytes of the untouched model's cache after the prefill, without padding."""
+        return sum(self.shape.kv_bytes([n] * self.shape.layers, self.kv_value_bytes) for n in self.full_tokens)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens the model made, all images and rows."""
+        return sum(item.tokens for item in self.media)
+
+    @property
+    def entered_tokens(self) -> int:
+        """Visual tokens the language model read in its first layer."""
+        return sum(item.entered for item in self.media)
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens per layer, averaged over the layers, all rows together."""
+        if not self.tokens_per_layer:
+            return 0.0
+        text = sum(self.text_tokens)
+        per_layer = [sum(counts) - text for counts in zip(*self.tokens_per_layer, strict=True)]
+        return sum(per_layer) / len(per_layer)
+
+    def with_comparison(self, comparison: Comparison) -> Report:
+        """Return the same report with a measurement attached."""
+        return replace(self, comparison=comparison)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        values: dict[str, Any] = {
+            "plan": self.plan,
+            "model": self.model,
+            "media": [
+                {
+                    "row": item.row,
+                    "modality": item.modality,
+                    "tokens": item.tokens,
+                    "entered": item.entered,
+                    "left": item.left,
+                }
+                for item in self.media
+            ],
+            "text_tokens": self.text_tokens,
+            "tokens_per_layer": self.tokens_per_layer,
+            "visual_tokens": self.visual_tokens,
+            "entered_tokens": self.entered_tokens,
+            "layer_average": self.layer_average,
+            "seconds": self.seconds,
+            "decode_steps": self.decode_steps,
+            "flops": self.flops,
+            "full_flops": self.full_flops,
+            "kv_bytes": self.kv_bytes,
+            "full_kv_bytes": self.full_kv_bytes,
+            "peak_bytes": self.peak_bytes,
+            "note": self.note,
+        }
+        if self.comparison is not None:
+            measured = self.comparison
+            values["comparison"] = {
+                "baseline": vars(measured.baseline),
+                "accelerated": vars(measured.accelerated),
+                "repeats": measured.repeats,
+                "setting": measured.setting,
+                "agreement": measured.agreement,
+                "verdict": measured.verdict(),
+            }
+        return values
+
+    def __str__(self) -> str:
+        lines = [f"plan     {self.plan}", f"model    {self.model}"]
+        if self.note:
+            return "\n".join([*lines, self.note])
+        for item in self.media:
+            lines.append(
+                f"{item.modality:<8} row {item.row}: {item.tokens} tokens -> {item.entered} into the LLM -> "
+                f"{item.left} in the last layer"
+            )
+        for row, layers in enumerate(self.tokens_per_layer):
+            lines.append(f"layers   row {row}: {_runs(layers)} tokens (text included)")
+        lines.append(
+            f"compute  {self.flops / 1e9:.2f} GMAC of {self.full_flops / 1e9:.2f} "
+            f"({_share(self.flops, self.full_flops)} of the full prefill)"
+        )
+        if self.kv_bytes:
+            lines.append(
+                f"KV cache {self.kv_bytes / 1e6:.2f} MB of {self.full_kv_bytes / 1e6:.2f} "
+                f"({_share(self.kv_bytes, self.full_kv_bytes)})"
+            )
+        times = ", ".join(f"{phase} {1e3 * self.seconds.get(phase, 0.0):.1f} ms" for phase in PHASES)
+        lines.append(f"time     {times} ({self.decode_steps} decode steps)")
+        if self.peak_bytes:
+            lines.append(f"memory   peak {self.peak_bytes / 1e6:.0f} MB")
+        if self.comparison is None:
+            lines.append("speed    not compared; run measure(**inputs) to time it against the untouched model")
+        else:
+            lines.append(f"speed    {self.comparison.verdict()}")
+        return "\n".join(lines)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _runs(values: list[int]) -> str:
+    """Write ``[8, 8, 8, 4]`` as ``8 x3, 4 x1``."""
+    parts: list[tuple[int, int]] = []
+    for value in values:
+        if parts and parts[-1][0] == value:
+            parts[-1] = (value, parts[-1][1] + 1)
+        else:
+            parts.append((value, 1))
+    return ", ".join(f"{value} x{times}" for value, times in parts)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: of the device on CUDA, of the process elsewhere.
+
+    Example:
+        >>> peak_memory(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return 0
+    # Linux counts kilobytes.
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

@@ -1,0 +1,68 @@
+"""FastV: after a few layers, keep what the last prompt token looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mmfast.budget import check_keep, resolve_layer
+from mmfast.registry import register
+from mmfast.token_pruning.base import LayerEvent, LayerScorer, LayerTokens, RowRequest
+
+
+@register("fastv", stage="in_llm", paper="arXiv 2403.06764", source="pkunlp-icler/FastV")
+@dataclass(frozen=True)
+class FastV(LayerScorer):
+    """Drop once, before layer ``layer``, by the attention of the last prompt token in the layer before.
+
+    The paper speaks of the attention received from all tokens; its numbers, and every variant of the
+    official code, come from the last row alone, which is what is used here.
+
+    Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
+
+    Attributes:
+        keep: visual tokens left after the drop; int = count per image, float = fraction.
+        layer: first layer that reads the shortened prompt, as index (int) or relative depth (float).
+    """
+
+    keep: int | float = 0.5
+    layer: int | float = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+
+    def events(self, depth: int) -> list[LayerEvent]:
+        """Return the single event."""
+        return [LayerEvent(resolve_layer(self.layer, depth), self.keep)]
+
+    def rows(self, event: LayerEvent) -> RowRequest:
+        """Ask for the row of the layer before."""
+        return RowRequest(event.layer - 1)
+
+    def score(self, tokens: LayerTokens, event: LayerEvent) -> Tensor:
+        """Average the row over the heads."""
+        return last_row_score(tokens)
+
+
+def last_row_score(tokens: LayerTokens) -> Tensor:
+    """Average the last token's attention to each candidate over the heads.
+
+    Returns:
+        float32 ``[V]``.
+
+    Raises:
+        ValueError: if the attention rows were not provided.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.2, 0.5]])
+        >>> both = torch.arange(2)
+        >>> tokens = LayerTokens(torch.zeros(3, 4), both, both, both * 0, 2, (2,), rows)
+        >>> [round(value, 3) for value in last_row_score(tokens).tolist()]
+        [0.2, 0.4]
+    """
+    if tokens.attention_rows is None:
+        raise ValueError("attention_rows is missing; declare it in rows()")
+    return tokens.attention_rows.float().mean(dim=0)[tokens.candidates]

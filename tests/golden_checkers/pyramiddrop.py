@@ -1,0 +1,87 @@
+"""PyramidDrop: one stage, from the hidden states before it to the shortened batch after it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mmfast.adapters.attention import attention_rows
+from mmfast.adapters.call import compact_positions
+from mmfast.registry import get
+from mmfast.token_pruning.base import LayerEvent, LayerTokens
+
+
+def check(case: dict[str, np.ndarray]) -> None:
+    """Compare scores, choices, features, compact positions and padding of each sample."""
+    hidden = torch.from_numpy(case["features"])
+    stage, ratios = int(case["stage"]), case["ratio_list"]
+    event = LayerEvent(1, float(ratios[stage + 1]))
+    method = get("pyramiddrop").method(positions="compact")
+    with_image = 0
+    for row, states in enumerate(hidden):
+        real = torch.from_numpy(case["attention_mask"])[row].bool()
+        states, full = states[real], int(case["image_tokens_full"][row])
+        kept = torch.arange(states.shape[0])
+        if full:
+            kept = _stage(case, method, event, states, row, with_image, int(full * ratios[stage] + 1e-9))
+            with_image += 1
+        count = kept.numel()
+        np.testing.assert_allclose(
+            states[kept].numpy(), case["out_features"][row, :count], rtol=1e-4, atol=1e-5
+        )
+        positions = compact_positions(kept[None], None, torch.tensor([0]))[0]
+        np.testing.assert_array_equal(positions.numpy(), case["out_position_ids"][row, :count])
+        if not bool(case["mask_was_none"]):
+            expected = np.arange(case["out_attention_mask"].shape[1]) < count
+            np.testing.assert_array_equal(case["out_attention_mask"][row].astype(bool), expected)
+
+
+def _stage(
+    case: dict[str, np.ndarray], method: object, event: LayerEvent, states: Tensor, row: int, number: int, alive: int
+) -> Tensor:
+    start = int(case["image_pos"][row])
+    candidates = torch.arange(start, start + alive)
+    heads = int(case["num_heads"])
+    positions = torch.from_numpy(case["position_ids"])[row, : states.shape[0]]
+    normed = _rms_norm(states, torch.from_numpy(case["ln_weight"]), float(case["ln_eps"]))
+    query, key = (
+        _rotate(
+            rearrange(normed @ torch.from_numpy(case[name]).T, "n (h d) -> h n d", h=heads),
+            positions,
+            float(case["rope_theta"]),
+        )[None]
+        for name in ("q_weight", "k_weight")
+    )
+    last = int(case["prompt_len"][row]) + alive - 1
+    tokens = LayerTokens(
+        hidden=states,
+        candidates=candidates,
+        origin=candidates - start,
+        media=torch.zeros_like(candidates),
+        total=int(case["image_tokens_full"][row]),
+        media_totals=(int(case["image_tokens_full"][row]),),
+        attention_rows=attention_rows(query, key, None, torch.tensor([last]))[0],
+    )
+    np.testing.assert_allclose(
+        method.score(tokens, event).numpy(), case[f"score_{number}"], rtol=1e-4, atol=1e-5  # type: ignore[attr-defined]
+    )
+    chosen = method(tokens, event)  # type: ignore[operator]
+    chosen = candidates if chosen is None else chosen
+    assert chosen.numel() == int(case[f"k_{number}"])
+    np.testing.assert_array_equal((chosen - start).numpy(), case[f"topk_sorted_local_{number}"])
+    text = torch.tensor([place for place in range(states.shape[0]) if not start <= place < start + alive])
+    return torch.cat([chosen, text]).sort().values
+
+
+def _rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(states: Tensor, positions: Tensor, theta: float) -> Tensor:
+    half = states.shape[-1] // 2
+    angles = positions[:, None] * theta ** (-torch.arange(half) / half)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = states[..., :half], states[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
