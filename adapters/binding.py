@@ -57,6 +57,7 @@ class Binding:
         self.outer: Outer | None = None
         self.inner: Inner | None = None
         self._prompt: Prompt | None = None
+        self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         self._refuse()
         self.layers = LayerRunner(adapter, self.dropper, self.recorder)
@@ -149,7 +150,7 @@ class Binding:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What the hooks need is read by name; positional input_ids are the one common exception.
-        named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        named = {**dict(zip(self._model_arguments, args, strict=False)), **kwargs} if args else kwargs
         mask = named.get("attention_mask")
         outer = Outer(attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         self.outer = outer

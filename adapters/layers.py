@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmfast.adapters.attention import Capture, CaptureDone, tap_name, unwatch, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level, compact_positions
+from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import gather_positions, gather_rows, layer_mask
 from mmfast.adapters.recorder import Recorder
 from mmfast.kv.cache import Announcement
@@ -227,6 +228,8 @@ class LayerRunner:
         if keep is None:
             return None
         narrower, step = level.narrow(keep.to(hidden.device))
+        for projection, output in inner.tables.pop("projected", {}).items():
+            _replay(inner, projection, gather_rows(output, step))
         if self.dropper is not None and self.dropper.positions == "compact":
             narrower = self._renumber(inner, index, narrower, step, new)
         return narrower, step
@@ -261,13 +264,21 @@ class LayerRunner:
         watch(module, capture)
         arguments = {name: value for name, value in new.items() if name != "hidden_states"}
         arguments["past_key_values"] = None if inner.cache is None else _Peek(inner.cache)
+        projected: dict[nn.Module, Tensor] = {}
+        with torch.no_grad():
+            normed = self.adapter.attention_input(layer, hidden)
+        handles = [child.register_forward_hook(_recorder(normed, projected)) for child in module.children()]
         try:
             with torch.no_grad():
-                module(hidden_states=self.adapter.attention_input(layer, hidden), **arguments)
+                module(hidden_states=normed, **arguments)
         except CaptureDone:
             pass
         finally:
             unwatch(module)
+            for handle in handles:
+                handle.remove()
+        if not torch.is_grad_enabled():
+            inner.tables["projected"] = projected
         return capture.result
 
     def _choose(
@@ -335,6 +346,32 @@ def _note(inner: Inner, index: int) -> Announcement:
     start = max(begin for begin in inner.levels if begin <= index)
     level = inner.levels[start]
     return Announcement(inner.length, level.real, level.slots, start)
+
+
+def _recorder(normed: Tensor, into: dict[nn.Module, Tensor]) -> Any:
+    """Note what the projections of an attention module make of its whole input."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and args[0] is normed and isinstance(output, Tensor):
+            into[module] = output
+
+    return record
+
+
+def _replay(inner: Inner, projection: nn.Module, value: Tensor) -> None:
+    """Let a projection return, once, what it has computed already.
+
+    A projection works token by token: what it made of all tokens, gathered, is what it would make of
+    those that are left, so reading a layer's attention ahead costs no second projection.
+    """
+    ledger = Ledger()
+
+    def once(*args: Any, **kwargs: Any) -> Tensor:
+        ledger.undo()
+        return value
+
+    ledger.set_attribute(projection, "forward", once)
+    inner.undo.append(ledger.undo)
 
 
 class _Peek:

@@ -62,13 +62,14 @@ def count(keep: int | float, total: int) -> int:
 def truncated_count(keep: int | float, total: int) -> int:
     """As :func:`count`, but a fraction is cut off instead of rounded (PyramidDrop and others).
 
+    As in the official code the product is cut off in binary, so 0.29 of 100 is 28.
+
     Example:
         >>> truncated_count(0.5, 49), truncated_count(0.1, 50)
         (24, 5)
     """
     check_keep(keep)
-    # 0.3 * 10 is 2.9999999999999996: the guard keeps binary fractions from losing a token.
-    wanted = keep if isinstance(keep, int) else int(keep * total + 1e-9)
+    wanted = keep if isinstance(keep, int) else int(keep * total)
     return min(max(1, wanted), total)
 
 

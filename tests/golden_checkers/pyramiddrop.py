@@ -25,7 +25,7 @@ def check(case: dict[str, np.ndarray]) -> None:
         states, full = states[real], int(case["image_tokens_full"][row])
         kept = torch.arange(states.shape[0])
         if full:
-            kept = _stage(case, method, event, states, row, with_image, int(full * ratios[stage] + 1e-9))
+            kept = _stage(case, method, event, states, row, with_image, int(full * ratios[stage]))
             with_image += 1
         count = kept.numel()
         np.testing.assert_allclose(
