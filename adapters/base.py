@@ -146,21 +146,19 @@ class Adapter:
         """
         return [square_or_unknown(len(item), modality) for item in features]
 
-    def bind(self, plan: Plan) -> Binding:
+    def bind(self, plan: Plan, *, replace: bool = False) -> Binding:
         """Put a plan to work on the model.
+
+        Args:
+            plan: the plan.
+            replace: take off a plan that is at work already.
 
         Raises:
             ValueError: if the model cannot do what the plan asks for; it is untouched then.
         """
         from mmfast.adapters.binding import Binding
 
-        return Binding(self, plan)
-
-    def release(self) -> None:
-        """Take off whatever plan is at work on the model."""
-        from mmfast.adapters.binding import release
-
-        release(self.model)
+        return Binding(self, plan, replace=replace)
 
     def check(self) -> None:
         """Refuse models whose parts are not where they are expected.

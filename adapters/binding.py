@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import transformers
@@ -30,7 +30,8 @@ from mmfast.report import Report
 from mmfast.token_pruning.base import BeforeLLM, LayerDropper, Merger
 from mmfast.tokens import Keep, VisualTokens
 
-_ACTIVE: WeakKeyDictionary[nn.Module, Binding] = WeakKeyDictionary()
+# Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
+_ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
 
 
 class Binding:
@@ -39,13 +40,14 @@ class Binding:
     Args:
         adapter: the adapter of the model.
         plan: the plan.
+        replace: detach a plan that is at work on the model.
 
     Raises:
         ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
             Nothing has been changed then.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False) -> None:
         self.adapter = adapter
         self.plan = plan
         self.before: BeforeLLM | None = _one(plan, "before_llm", BeforeLLM)
@@ -60,6 +62,14 @@ class Binding:
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         self._refuse()
+        running = active_on(adapter.model)
+        if running is not None:
+            if not replace:
+                raise ValueError(
+                    f"this model already runs the plan {running.plan.to_text()!r}; call remove() on it first, "
+                    "or pass replace=True"
+                )
+            running.detach()
         self.layers = LayerRunner(adapter, self.dropper, self.recorder)
         try:
             self._attach()
@@ -67,9 +77,21 @@ class Binding:
             self.ledger.undo()
             raise
 
+    @property
+    def active(self) -> bool:
+        """Whether the model still has the plan."""
+        return len(self.ledger) > 0
+
     def detach(self) -> None:
         """Undo every change to the model."""
+        self._abandon()
         self.ledger.undo()
+
+    def _abandon(self) -> None:
+        """End a call that was broken off in a way that runs no hooks, such as Ctrl-C."""
+        if self.inner is not None:
+            self.layers.disarm(self.inner)
+            self.inner = None
 
     def report(self) -> Report:
         """Describe the last prompt."""
@@ -94,14 +116,10 @@ class Binding:
                 )
         if self.dropper is not None and self.adapter.no_layer_drops:
             raise ValueError(f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}")
-        if self.adapter.model in _ACTIVE:
-            raise ValueError(
-                f"this model already runs the plan {_ACTIVE[self.adapter.model].plan.to_text()!r}; call remove() on it first"
-            )
 
     def _attach(self) -> None:
         model, base, decoder = self.adapter.model, self.adapter.base, self.adapter.decoder
-        _ACTIVE[model] = self
+        _ACTIVE[model] = ref(self)
         self.ledger.enter(lambda: _ACTIVE.pop(model, None))
         for modality in ("image", "video"):
             name = f"get_{modality}_features"
@@ -149,7 +167,7 @@ class Binding:
     # ------------------------------------------------------------ outer boundary
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # What the hooks need is read by name; positional input_ids are the one common exception.
+        self._abandon()
         named = {**dict(zip(self._model_arguments, args, strict=False)), **kwargs} if args else kwargs
         mask = named.get("attention_mask")
         outer = Outer(attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
@@ -344,7 +362,7 @@ class Binding:
             self._prompt = replace(self._prompt, length=self._prompt.length + 1)
             return int(self._prompt.input_ids.shape[1]) - 1
         ids = outer.input_ids
-        self._prompt = None if ids is None else Prompt(ids.clone(), int(ids.shape[1]), outer.features)
+        self._prompt = None if ids is None else Prompt(ids.clone(), int(ids.shape[1]), ref(outer.features))
         return None
 
     def _take_cache(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
@@ -406,10 +424,10 @@ class Binding:
         return _stretched(output, inner, self.adapter.shape.layers)
 
 
-def release(model: nn.Module) -> None:
-    """Detach the plan at work on ``model``, if there is one."""
-    if model in _ACTIVE:
-        _ACTIVE[model].detach()
+def active_on(model: nn.Module) -> Binding | None:
+    """Return the binding at work on ``model``, if there is one."""
+    found = _ACTIVE.get(model)
+    return None if found is None else found()
 
 
 def _one(plan: Plan, stage: str, kind: type) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -101,19 +102,19 @@ class Prompt:
     Attributes:
         input_ids: ``[B, S]`` of the prompt.
         length: tokens of the latest call.
-        features: what brought its features.
+        features: what brought its features; weak, so that they are not kept alive.
     """
 
     input_ids: Tensor
     length: int
-    features: Any
+    features: ref[Any]
 
     def continued_by(self, outer: Outer) -> bool:
         """Say whether a call is this prompt with one more generated token."""
         ids, own = outer.input_ids, self.input_ids
         return (
             ids is not None
-            and outer.features is self.features
+            and outer.features is self.features()
             and ids.shape == (own.shape[0], self.length + 1)
             and bool((ids[:, : own.shape[1]] == own).all())
         )

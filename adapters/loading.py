@@ -78,7 +78,7 @@ def _source(name_or_path: str | Path) -> str:
     name = str(name_or_path)
     folder = Path(name).expanduser()
     if not folder.exists():
-        if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or not 0 < name.count("/") + 1 <= 2:
+        if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or not name or name.count("/") > 1:
             raise ValueError(f"{name!r} is neither a folder nor a model id like 'organisation/model'.")
         return name
     if not folder.is_dir():
@@ -87,10 +87,10 @@ def _source(name_or_path: str | Path) -> str:
         raise ValueError(f"{name!r} holds no config.json; give a folder that save_pretrained() wrote.")
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f" It holds {pickled[0]}, which is a pickle and is not read:" if pickled else " Download them, or"
+        found = f"; {pickled[0].name} may run code when it is opened and is not read" if pickled else ""
         raise ValueError(
-            f"{name!r} holds no *.safetensors weights.{found} "
-            "load it elsewhere and write it again with save_pretrained()."
+            f"{name!r} holds no *.safetensors weights{found}. "
+            "Load the model elsewhere and write it again with save_pretrained()."
         )
     return str(folder)
 
@@ -154,8 +154,8 @@ def _load_weights(
     except OSError as error:
         if "safetensors" in str(error):
             raise ValueError(
-                f"{source!r} has no *.safetensors weights, and others are not read: "
-                "load it elsewhere and write it again with save_pretrained()."
+                f"{source!r} has no *.safetensors weights, and others are not read. "
+                "Load the model elsewhere and write it again with save_pretrained()."
             ) from error
         raise _unreachable(source, error) from error
     missing = sorted(report["missing_keys"])
@@ -206,7 +206,7 @@ def _unreachable(source: str, error: OSError) -> OSError:
 
 
 def _short(error: Exception) -> str:
-    """First sentence of a message, on one line."""
+    """The beginning of a message, on one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:200] + "..."
 

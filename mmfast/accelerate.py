@@ -60,14 +60,12 @@ class Accelerated:
         self.plan = plan
         self._adapter = adapter
         self._comparison: Comparison | None = None
-        if replace:
-            adapter.release()
-        self._binding = adapter.bind(plan)
+        self._binding = adapter.bind(plan, replace=replace)
 
     @property
     def active(self) -> bool:
         """Whether the plan is at work."""
-        return self._binding is not None
+        return self._binding is not None and bool(self._binding.active)
 
     def remove(self) -> None:
         """Give back exactly the model there was; calling it twice does no harm."""

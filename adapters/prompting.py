@@ -1,0 +1,200 @@
+"""From a question with pictures or a clip to what ``generate`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+Picture = Image.Image | NDArray[np.uint8]
+"""An image: PIL, or uint8 ``[H, W, 3]``."""
+
+_IMAGE, _VIDEO = {"type": "image"}, {"type": "video"}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One question, its content entries in order, and what fills their slots."""
+
+    content: list[dict[str, str]]
+    images: list[Picture]
+    videos: list[NDArray[np.uint8]]
+
+
+def prepare(
+    processor: Any,
+    question: str | Sequence[str],
+    images: Any = None,
+    video_frames: Any = None,
+    *,
+    fps: float = 1.0,
+    frames_as_images: bool | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Build the inputs of ``model.generate`` through the chat template of the processor.
+
+    Args:
+        processor: what ``load_pretrained`` or ``AutoProcessor`` returned.
+        question: one question, or several for a padded batch.
+        images: for one question an image or a sequence of images; for several, one such entry (or None) each.
+            Images are PIL or uint8 ``[H, W, 3]``.
+        video_frames: for one question the frames of one clip, a sequence of images or uint8 ``[T, H, W, 3]``;
+            for several, one such entry (or None) each. All frames of a clip have the same size.
+        fps: how many of these frames show one second; models that know of time are told.
+        frames_as_images: give frames as images, each after the text ``frame 3:``, instead of as a video.
+            None does so where the processor has no slot for video.
+        device: where to put the tensors; None leaves them on the CPU.
+        dtype: floating type of the pixels; None keeps float32.
+
+    Returns:
+        The ``BatchFeature`` of the processor, for ``model.generate(**inputs)``.
+
+    Raises:
+        ValueError: if there is no question, the numbers of questions and images differ, a question contains a
+            placeholder of the processor, a picture is malformed, or a video cannot be given as one.
+        TypeError: for images of another type.
+
+    Example:
+        >>> from PIL import Image
+        >>> import mmfast
+        >>> _, processor = mmfast.load_default()
+        >>> inputs = prepare(processor, "what color is the star?", Image.new("RGB", (64, 48)))
+        >>> tuple(inputs["pixel_values"].shape), int((inputs["input_ids"] == processor.image_token_id).sum())
+        ((1, 3, 224, 224), 256)
+    """
+    questions, batches, clips = _batch(question, images, video_frames)
+    has_video_slot = getattr(processor, "video_processor", None) is not None
+    if frames_as_images is None:
+        frames_as_images = not has_video_slot
+    elif not frames_as_images and not has_video_slot:
+        raise ValueError(
+            f"frames_as_images=False needs a processor with a slot for video, which {type(processor).__name__} lacks."
+        )
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}.")
+    prompts = [
+        _prompt(processor, text, shown, frames, frames_as_images)
+        for text, shown, frames in zip(questions, batches, clips, strict=True)
+    ]
+    texts = [_render(processor, prompt.content) for prompt in prompts]
+    inputs = processor(text=texts, **_media(prompts, fps), **_text_options(processor, texts))
+    for name in ("video_metadata", "num_crops"):
+        # Some processors hand back notes that no forward accepts.
+        if name in inputs and not isinstance(inputs[name], torch.Tensor):
+            inputs.pop(name)
+    return inputs.to(device=device or "cpu", dtype=dtype) if dtype is not None else inputs.to(device or "cpu")
+
+
+def _batch(question: str | Sequence[str], images: Any, clips: Any) -> tuple[list[str], list[Any], list[Any]]:
+    """Bring one question into the form of several."""
+    if isinstance(question, str):
+        return [question], [images], [clips]
+    questions = list(question)
+    if not questions:
+        raise ValueError("question must hold at least one question, got none.")
+    columns = []
+    for name, column in (("images", images), ("video_frames", clips)):
+        if column is None:
+            columns.append([None] * len(questions))
+        elif isinstance(column, Image.Image) or len(column) != len(questions):
+            got = "one image" if isinstance(column, Image.Image) else f"{len(column)} entries"
+            raise ValueError(f"{name} must hold one entry for each of the {len(questions)} questions, got {got}.")
+        else:
+            columns.append(list(column))
+    return questions, columns[0], columns[1]
+
+
+def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_images: bool) -> _Prompt:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text that is not empty, got {question!r}.")
+    for token in (getattr(processor, "image_token", None), getattr(processor, "video_token", None)):
+        if isinstance(token, str) and token in question:
+            raise ValueError(f"question must not contain the placeholder {token!r}, got {question!r}.")
+    content: list[dict[str, str]] = []
+    pictures: list[Picture] = []
+    videos: list[NDArray[np.uint8]] = []
+    if images is not None:
+        pictures += [_picture(image) for image in _listed(images)]
+        content += [_IMAGE] * len(pictures)
+    if frames is not None:
+        shots = [_picture(frame) for frame in _listed(frames)]
+        if not shots:
+            raise ValueError("video_frames must hold at least one frame, got none.")
+        if frames_as_images:
+            for number, shot in enumerate(shots, start=1):
+                content += [{"type": "text", "text": f"frame {number}:"}, _IMAGE]
+                pictures.append(shot)
+        else:
+            sizes = {np.shape(shot)[:2] for shot in shots}
+            if len(sizes) > 1:
+                raise ValueError(f"video_frames must all have one size, got (height, width) {sorted(sizes)}.")
+            videos.append(np.stack([np.asarray(shot) for shot in shots]))
+            content.append(_VIDEO)
+    content.append({"type": "text", "text": question})
+    return _Prompt(content, pictures, videos)
+
+
+def _listed(pictures: Any) -> list[Any]:
+    """One image, a sequence of images, or an array of frames, as a list."""
+    single = isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim == 3)
+    return [pictures] if single else list(pictures)
+
+
+def _picture(picture: Any) -> Picture:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+            raise ValueError(f"an image array must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}.")
+        # An array whose first axis is 3 could be read as channels first; a PIL image cannot be misread.
+        return Image.fromarray(picture)
+    raise TypeError(f"images must be PIL images or uint8 arrays, got {type(picture).__name__}.")
+
+
+def _render(processor: Any, content: list[dict[str, str]]) -> str:
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": content}]
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+    # Base models have no template: placeholders first, as in the examples of their model cards.
+    tokens = {"image": getattr(processor, "image_token", ""), "video": getattr(processor, "video_token", "")}
+    return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in content)
+
+
+def _media(prompts: Sequence[_Prompt], fps: float) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if any(prompt.images for prompt in prompts):
+        images = [prompt.images for prompt in prompts]
+        # Processors that cut images into tiles need to know which prompt an image belongs to. A prompt
+        # without images stands in no processor's list, and the flat list serves those that mix.
+        found["images"] = images if all(images) else [image for entry in images for image in entry]
+    videos = [video for prompt in prompts for video in prompt.videos]
+    if videos:
+        found["videos"] = videos
+        # The frames were chosen by the caller; some processors would sample among them again.
+        found["do_sample_frames"] = False
+        found["video_metadata"] = [
+            {
+                "total_num_frames": len(video),
+                "fps": fps,
+                "duration": len(video) / fps,
+                "frames_indices": list(range(len(video))),
+            }
+            for video in videos
+        ]
+    return found
+
+
+def _text_options(processor: Any, texts: Sequence[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": len(texts) > 1}
+    bos = processor.tokenizer.bos_token
+    if bos is not None and texts[0].startswith(bos):
+        # The template wrote it; the tokenizer would write it again.
+        options["add_special_tokens"] = False
+    return options
