@@ -112,7 +112,8 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
 def _original(implementation: str, module: nn.Module) -> Callable[..., Any]:
     if implementation == "eager":
         # The eager function belongs to the model family: it may cap logits or add sinks.
-        found: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        modelling: Any = sys.modules[type(module).__module__]
+        found: Callable[..., Any] = modelling.eager_attention_forward
         return found
     chosen: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
     return chosen
@@ -146,7 +147,7 @@ def attention_rows(
         >>> attention_rows(q, k, None, torch.tensor([1]))[0, 0].tolist()
         [0.5, 0.5, 0.0]
     """
-    batch, heads, queries, width = query.shape
+    batch, _heads, queries, width = query.shape
     length = key.shape[2]
     every = torch.arange(batch, device=query.device)
     picked = rearrange(query[every, :, rows], "b (g r) d -> b g r d", g=key.shape[1]).float()

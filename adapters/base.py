@@ -37,9 +37,7 @@ def family(*model_types: str) -> Callable[[A], A]:
     def add(adapter: A) -> A:
         for model_type in model_types:
             if _FAMILIES.get(model_type, adapter) is not adapter:
-                raise ValueError(
-                    f"model type {model_type!r} is already served by {_FAMILIES[model_type].__name__}"
-                )
+                raise ValueError(f"model type {model_type!r} is already served by {_FAMILIES[model_type].__name__}")
             _FAMILIES[model_type] = adapter
         adapter.model_types = model_types
         return adapter
@@ -66,25 +64,24 @@ class Adapter:
     no_layer_drops: ClassVar[str] = ""
     signals: ClassVar[frozenset[str]] = frozenset({"text_embeds"})
 
+    # The parts are Any: what they offer is the families' business and in no static type.
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     @cached_property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The model without its language-modelling head."""
-        found: nn.Module = self.model.base_model  # type: ignore[assignment]
-        return found
+        return self.model.base_model
 
     @cached_property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The language model that ``base`` calls with embeddings."""
-        found: nn.Module = self.model.get_decoder()  # type: ignore[operator]
-        return found
+        return self.model.get_decoder()
 
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The decoder layers, first to last."""
-        found: Sequence[nn.Module] = self.decoder.layers[: self.shape.layers]  # type: ignore[index]
+        found: Sequence[nn.Module] = self.decoder.layers[: self.shape.layers]
         return found
 
     @property
@@ -131,7 +128,7 @@ class Adapter:
 
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines for new positions ``[B, S]``."""
-        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids=position_ids)  # type: ignore[operator]
+        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids=position_ids)
         return tables
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
@@ -193,7 +190,8 @@ def packed_layout(packed: Tensor, tiles_wide: int, tiles_high: int, side: int) -
     Args:
         packed: ``[n, 4]`` (1, column, row, tile) per token as packed; newline tokens have 0 in channel 0.
             Tile 0 is the whole image; columns and rows of crops count over the grid of all crops.
-        tiles_wide, tiles_high: number of crops in each direction.
+        tiles_wide: number of crops side by side.
+        tiles_high: number of crops above each other.
         side: tokens per side of a tile.
 
     Example:
@@ -211,7 +209,8 @@ def packed_layout(packed: Tensor, tiles_wide: int, tiles_high: int, side: int) -
     wide = torch.where(crop, torch.tensor(float(tiles_wide * side)), torch.tensor(float(side)))
     high = torch.where(crop, torch.tensor(float(tiles_high * side)), torch.tensor(float(side)))
     boxes = torch.stack(
-        [packed[:, 1] / wide, packed[:, 2] / high, (packed[:, 1] + 1) / wide, (packed[:, 2] + 1) / high], dim=-1
+        [packed[:, 1] / wide, packed[:, 2] / high, (packed[:, 1] + 1) / wide, (packed[:, 2] + 1) / high],
+        dim=-1,
     )
     row, col = _ranks(rows, tiles), torch.where(newline, -1, _ranks(packed[:, 1], tiles))
     return Layout("image", torch.zeros_like(tiles), tiles, row, col, newline, boxes.masked_fill(newline[:, None], 0.0))

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-
 from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -23,7 +22,15 @@ from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
-from mmfast.adapters.media import feature_source, has_features, items_of, placeholder_masks, segments, tag, tagged
+from mmfast.adapters.media import (
+    feature_source,
+    has_features,
+    items_of,
+    placeholder_masks,
+    segments,
+    tag,
+    tagged,
+)
 from mmfast.adapters.recorder import Recorder
 from mmfast.plan import Plan
 from mmfast.report import Report
@@ -52,9 +59,7 @@ class Binding:
         self.plan = plan
         self.before: BeforeLLM | None = _one(plan, "before_llm", BeforeLLM)
         self.dropper: LayerDropper | None = _one(plan, "in_llm", LayerDropper)
-        self.events = (
-            {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
-        )
+        self.events = {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
         self.ledger = Ledger()
         self.outer: Outer | None = None
         self.inner: Inner | None = None
@@ -115,12 +120,14 @@ class Binding:
                     "count original positions); use positions='keep'"
                 )
         if self.dropper is not None and self.adapter.no_layer_drops:
-            raise ValueError(f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}")
+            raise ValueError(
+                f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
+            )
 
     def _attach(self) -> None:
         model, base, decoder = self.adapter.model, self.adapter.base, self.adapter.decoder
         _ACTIVE[model] = ref(self)
-        self.ledger.enter(lambda: _ACTIVE.pop(model, None))
+        self.ledger.enter(lambda: _forget(model))
         for modality in ("image", "video"):
             name = f"get_{modality}_features"
             original = getattr(base, name, None)
@@ -272,9 +279,7 @@ class Binding:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
         return outer.attention_mask[:, -length:].to(device).bool()
 
-    def _reduce(
-        self, method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor, bool]:
+    def _reduce(self, method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Ask the method about each image and video."""
         keep, embeddings, changed = valid.clone(), embeds, False
         for row, parts in enumerate(inner.segments):
@@ -295,9 +300,7 @@ class Binding:
         return keep, embeddings, changed
 
     @staticmethod
-    def _signals(
-        method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int
-    ) -> dict[str, Tensor]:
+    def _signals(method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int) -> dict[str, Tensor]:
         if "text_embeds" not in method.needs:
             return {}
         text = valid[row].clone()
@@ -313,7 +316,7 @@ class Binding:
         inner.media = torch.zeros(batch, length, dtype=torch.int64)
         entering = keep.cpu()
         for row, parts in enumerate(inner.segments):
-            totals = []
+            totals: list[int] = []
             for index, part in enumerate(parts):
                 slots = part.slots.cpu()
                 slots = slots[entering[row, slots] & ~part.layout.is_newline]
@@ -331,7 +334,9 @@ class Binding:
         if kwargs.get("output_attentions") or (
             kwargs.get("output_attentions") is None and self.adapter.text_config.output_attentions
         ):
-            raise ValueError("output_attentions=True is not possible while tokens are dropped; remove() the plan to get them")
+            raise ValueError(
+                "output_attentions=True is not possible while tokens are dropped; remove() the plan to get them"
+            )
         self._take_cache(inner, kwargs, outer)
         if inner.cache is None and inner.events:
             inner.prompt_end = self._prompt_end(outer)
@@ -402,7 +407,7 @@ class Binding:
         compact = wanted == "compact" or (wanted is None and self.adapter.can_compact)
         if not compact or gathered.ndim != 2:
             return gathered
-        valid = self._valid(self.outer or Outer(), *embeds.shape[:2], embeds.device)
+        valid = self._valid(self.outer or Outer(), embeds.shape[0], embeds.shape[1], embeds.device)
         first = positions.gather(1, valid.long().argmax(dim=1, keepdim=True))[:, 0]
         renumbered = compact_positions(gathered, level.real, first)
         self.layers.add_shift(inner, gathered[:, -1] - renumbered[:, -1])
@@ -430,11 +435,17 @@ def active_on(model: nn.Module) -> Binding | None:
     return None if found is None else found()
 
 
+def _forget(model: nn.Module) -> None:
+    _ACTIVE.pop(model, None)
+
+
 def _one(plan: Plan, stage: str, kind: type) -> Any:
     found = plan.at(stage)
     for method in found:
         if not isinstance(method, kind):
-            raise ValueError(f"method {method.name!r} at stage {stage!r} must be a {kind.__name__}, got {type(method).__name__}")
+            raise ValueError(
+                f"method {method.name!r} at stage {stage!r} must be a {kind.__name__}, got {type(method).__name__}"
+            )
     return found[0] if found else None
 
 

@@ -45,27 +45,29 @@ class LogicalLayer(LogicalLength, DynamicLayer):  # type: ignore[misc]
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if drop == 0:
             return
+        if self.keys is None or self.values is None:
+            return
         self.drop_last(drop)
         self.keys = self.keys[..., :-drop, :]
         self.values = self.values[..., :-drop, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        if self.stored:
+        if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
             self.values = self.values.index_select(0, beam_idx.to(self.values.device))
             self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
-        if self.stored:
+        if self.keys is not None and self.values is not None:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
             self.repeat_rows(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        if self.stored:
+        if self.keys is not None and self.values is not None:
             rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
             self.keys = self.keys[rows.to(self.keys.device)]
             self.values = self.values[rows.to(self.values.device)]
@@ -102,8 +104,7 @@ def refuse_unsupported(cache: object) -> None:
     """
     layers = getattr(cache, "layers", [])
     plain = all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, LogicalLength)
-        for layer in layers
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, LogicalLength) for layer in layers
     )
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not plain:
         raise ValueError(

@@ -26,5 +26,5 @@ class Gemma3(Adapter):
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sliding and full layers have tables of their own."""
         attention: Any = self.attention(layer)
-        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids, attention.layer_type)  # type: ignore[operator]
+        tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids, attention.layer_type)
         return tables

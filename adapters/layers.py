@@ -93,11 +93,12 @@ class LayerRunner:
         reference = _reference(inner)
         unmasked = inner.length == 1 and implementation == "sdpa" and inner.levels[0].real is None
         for index, layer in enumerate(layers):
-            if layer.is_sliding:
-                affected.add(index)
-            elif layer.history != reference.history and not (
-                # One token that sees everything stored needs no mask, however much that is.
-                unmasked and layer.valid is None and reference.valid is None and _same_shift(layer, reference)
+            if layer.is_sliding or (
+                layer.history != reference.history
+                and not (
+                    # One token that sees everything stored needs no mask, however much that is.
+                    unmasked and layer.valid is None and reference.valid is None and _same_shift(layer, reference)
+                )
             ):
                 affected.add(index)
         return affected
@@ -164,7 +165,13 @@ class LayerRunner:
         device = hidden.device
         entry = None if level.entry is None else level.entry.to(device)
         mask = given.get("attention_mask")
-        key = ("mask", start, id(mask), device, None if cached is None else (cached.history, cached.is_sliding))
+        key = (
+            "mask",
+            start,
+            id(mask),
+            device,
+            None if cached is None else (cached.history, cached.is_sliding),
+        )
         window = getattr(cached, "sliding_window", None) if cached is not None and cached.is_sliding else None
         new["attention_mask"] = inner.remembered(
             key,
@@ -190,7 +197,8 @@ class LayerRunner:
             return
         if positions is not None:
             new["position_ids"] = inner.remembered(
-                ("positions", start, id(positions), device, relative is None), lambda: _moved(positions, entry, level, relative)
+                ("positions", start, id(positions), device, relative is None),
+                lambda: _moved(positions, entry, level, relative),
             )
         tables = given["position_embeddings"]
         if level.positions is not None or relative is not None:
@@ -200,7 +208,8 @@ class LayerRunner:
             )
         else:
             new["position_embeddings"] = inner.remembered(
-                ("rotary", start, id(tables), device), lambda: tuple(_gather_table(table, entry) for table in tables)
+                ("rotary", start, id(tables), device),
+                lambda: tuple(_gather_table(table, entry) for table in tables),
             )
         self._hide_gaps(new, level)
 

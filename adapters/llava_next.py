@@ -26,9 +26,7 @@ class LlavaNext(Adapter):
         side = vision.image_size // vision.patch_size
         found = []
         for size, item in zip(arguments["image_sizes"], features, strict=False):
-            high, wide = get_anyres_image_grid_shape(
-                size, self.model.config.image_grid_pinpoints, vision.image_size
-            )
+            high, wide = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, vision.image_size)
             tiles = _coordinates(high, wide, side)
             packed = self._pack(tiles, size)
             if len(packed) != len(item):
@@ -43,7 +41,7 @@ class LlavaNext(Adapter):
         return [Layout.unknown(len(item), "video") for item in features]
 
     def _pack(self, tiles: Tensor, size: Any) -> Tensor:
-        pack = self.base.pack_image_features  # type: ignore[union-attr]
+        pack = self.base.pack_image_features
         arguments: dict[str, Any] = {
             "image_features": [tiles],
             "image_sizes": torch.as_tensor(size)[None],
@@ -51,7 +49,7 @@ class LlavaNext(Adapter):
         }
         if "vision_feature_select_strategy" in inspect.signature(pack).parameters:
             arguments["vision_feature_select_strategy"] = "full"
-        packed: Tensor = pack(**arguments)[0][0]  # type: ignore[operator]
+        packed: Tensor = pack(**arguments)[0][0]
         return packed
 
     def _has_newline(self) -> bool:

@@ -61,7 +61,9 @@ def gather_positions(positions: Tensor, indices: Tensor) -> Tensor:
     return positions.expand(*positions.shape[:-2], *indices.shape[:1], -1).gather(-1, wanted)
 
 
-def decoder_mask(layer: LogicalLength | None, batch: int, query: int, real: Tensor | None, device: torch.device) -> Tensor:
+def decoder_mask(
+    layer: LogicalLength | None, batch: int, query: int, real: Tensor | None, device: torch.device
+) -> Tensor:
     """Build the 2-D mask a decoder reads: stored tokens right-aligned on the logical axis.
 
     Args:
@@ -79,9 +81,7 @@ def decoder_mask(layer: LogicalLength | None, batch: int, query: int, real: Tens
         return new
     stored = layer.stored
     gone = torch.zeros(batch, layer.seen - stored, dtype=torch.bool, device=device)
-    past = (
-        torch.ones(batch, stored, dtype=torch.bool, device=device) if layer.valid is None else layer.valid.to(device)
-    )
+    past = torch.ones(batch, stored, dtype=torch.bool, device=device) if layer.valid is None else layer.valid.to(device)
     return torch.cat([gone, past, new], dim=1)
 
 
@@ -142,7 +142,8 @@ def layer_mask(
         entry: ``[B, query]`` places of this layer's tokens among the decoder's; None = the same.
         real: ``[B, query]`` bool, which of them are real; None = all.
         own: number of tokens of this call that the decoder saw.
-        batch, query: sizes of this layer's input.
+        batch: rows of this layer's input.
+        query: tokens of this layer's input.
         device: where the layer runs.
         layer: its cache layer, before the update; None without a cache.
         query_slots: ``[B, query]`` logical places of this layer's tokens, for windows.
@@ -176,9 +177,9 @@ def layer_mask(
         new = hide(new, query_slots[:, None, None, :] <= query_slots[:, None, :, None] - window)
     if stored == 0:
         return new
-    visible = (
-        torch.ones(batch, stored, dtype=torch.bool, device=device) if valid is None else valid.to(device)
-    )[:, None, None, :].expand(-1, new.shape[1], query, -1)
+    visible = (torch.ones(batch, stored, dtype=torch.bool, device=device) if valid is None else valid.to(device))[
+        :, None, None, :
+    ].expand(-1, new.shape[1], query, -1)
     if window is not None and layer is not None and layer.slots is not None and query_slots is not None:
         near = layer.slots.to(device)[:, None, None, :] > query_slots[:, None, :, None] - window
         visible = visible & near

@@ -57,7 +57,10 @@ def has_features(kwargs: dict[str, Any]) -> bool:
 
 def feature_source(kwargs: dict[str, Any]) -> Any:
     """Return the object that brings the features of a call; the same object means the same features."""
-    for source in (*(kwargs.get("mm_encoder_outputs") or {}).values(), *(kwargs.get(key) for key in FEATURE_KEYS)):
+    for source in (
+        *(kwargs.get("mm_encoder_outputs") or {}).values(),
+        *(kwargs.get(key) for key in FEATURE_KEYS),
+    ):
         if source is not None:
             return source
     return None
@@ -92,8 +95,8 @@ def segments(visual: dict[str, Tensor], layouts: dict[str, list[Layout]]) -> lis
                 continue
             for layout, own in zip(parts, slots.split([len(part) for part in parts]), strict=True):
                 found[row].append(Segment(own, layout))
-    for parts in found:
-        parts.sort(key=lambda part: int(part.slots[0]))
+    for own_parts in found:
+        own_parts.sort(key=lambda part: int(part.slots[0]))
     return found
 
 

@@ -102,7 +102,14 @@ class Recorder:
                 left = torch.isin(slots, left_slots).nonzero().squeeze(-1)
                 report.media.append(
                     MediaRecord(
-                        row, part.layout.modality, len(slots), len(entered), len(left), entered, left, part.layout
+                        row,
+                        part.layout.modality,
+                        len(slots),
+                        len(entered),
+                        len(left),
+                        entered,
+                        left,
+                        part.layout,
                     )
                 )
         counts = [level.counts() for level in self._levels]

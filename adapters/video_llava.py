@@ -21,16 +21,14 @@ class VideoLlava(Adapter):
         if modality == "image":
             return super().layouts(modality, arguments, features)
         frames = int(arguments["pixel_values_videos"].shape[1])
-        return [
-            _frames_with_cls(frames, len(features[start]))
-            for start in range(0, len(features), frames)
-        ]
+        return [_frames_with_cls(frames, len(features[start])) for start in range(0, len(features), frames)]
 
 
 def _frames_with_cls(frames: int, tokens: int) -> Layout:
     grid = square_or_unknown(tokens - 1, "video")
     if not grid.grid_known:
         return Layout.unknown(frames * tokens, "video")
+
     # The CLS token sees the whole frame: it is an ordinary candidate without a place of its own.
     def per_frame(values: Tensor, cls: int) -> Tensor:
         return torch.cat([torch.tensor([cls]), values]).repeat(frames)

@@ -90,7 +90,9 @@ def cost(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def in_turn(plain: Callable[[], Any], other: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float]:
+def in_turn(
+    plain: Callable[[], Any], other: Callable[[], Any], repeats: int, device: torch.device
+) -> tuple[float, float]:
     """Run two things in turn; return the median cost of each."""
     costs: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
@@ -160,7 +162,15 @@ def overhead_table(model: Any, inputs: dict[str, torch.Tensor], repeats: int) ->
 
         plain, idle = in_turn(untouched, armed, repeats, model.device)
         fast.remove()
-        rows.append({"what": name, "plan": plan, "plain_ms": 1e3 * plain, "armed_ms": 1e3 * idle, "ratio": idle / plain})
+        rows.append(
+            {
+                "what": name,
+                "plan": plan,
+                "plain_ms": 1e3 * plain,
+                "armed_ms": 1e3 * idle,
+                "ratio": idle / plain,
+            }
+        )
     rows.append(_decode_overhead(model, inputs, repeats))
     return rows
 
@@ -243,9 +253,7 @@ def cycles(model: Any, times: int = 1000) -> dict[str, Any]:
     """Accelerate and remove many times; count what grows."""
 
     def census() -> tuple[int, int, int]:
-        hooks = sum(
-            len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
-        )
+        hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
         registries = len(ALL_ATTENTION_FUNCTIONS.valid_keys()) + len(ALL_MASK_ATTENTION_FUNCTIONS.valid_keys())
         return hooks, registries, sum(len(vars(module)) for module in model.modules())
 
@@ -279,7 +287,10 @@ def machine(device: torch.device) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        name = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name)
+        name = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line),
+            name,
+        )
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     return {

@@ -95,9 +95,7 @@ class Accelerated:
         """
         if self._binding is None:
             raise ValueError("the plan has been removed from this model; call accelerate() again to measure it")
-        self._comparison = compare(
-            self.model, self.suspended, inputs, max_new_tokens=max_new_tokens, repeats=repeats
-        )
+        self._comparison = compare(self.model, self.suspended, inputs, max_new_tokens=max_new_tokens, repeats=repeats)
         return self._comparison
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +28,11 @@ def check_keep(keep: object, *, field: str = "keep") -> None:
         )
     if isinstance(keep, int):
         if keep < 1:
-            raise ValueError(
-                f"{field}={keep} must be at least 1 as a count (int); a fraction in (0, 1] is a float"
-            )
+            raise ValueError(f"{field}={keep} must be at least 1 as a count (int); a fraction in (0, 1] is a float")
     elif not 0.0 < keep <= 1.0:
+        example = max(1, round(keep)) if math.isfinite(keep) else 1
         raise ValueError(
-            f"{field}={keep} must lie in (0, 1] as a fraction (float); write {field}={max(1, round(keep) if math.isfinite(keep) else 1)} "
-            "for a count"
+            f"{field}={keep} must lie in (0, 1] as a fraction (float); write {field}={example} for a count"
         )
 
 
@@ -122,7 +121,7 @@ def geometric_for_average(keep: float, layers: Sequence[int], depth: int) -> lis
         [0.5, 0.25, 0.125]
     """
     bounds = [*layers, depth]
-    spans = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    spans = [after - before for before, after in itertools.pairwise(bounds)]
 
     def average(step: float) -> float:
         return (layers[0] + sum(span * step ** (i + 1) for i, span in enumerate(spans))) / depth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ class Plan:
                     "mmfast.registry.get(name).method(...)"
                 )
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
-        for first, second in zip(ordered, ordered[1:], strict=False):
+        for first, second in itertools.pairwise(ordered):
             if first.stage == second.stage and first.stage not in STACKING_STAGES:
                 raise ValueError(
                     f"methods {first.name!r} and {second.name!r} both act at stage {first.stage!r}, which takes one; "
@@ -169,9 +170,7 @@ def _method(node: ast.expr, text: str) -> Method:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError(f"plan {text!r}: {ast.unparse(node)!r} is no method; write it like {_EXAMPLE}")
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError(
-            f"plan {text!r}: options of {node.func.id!r} need names, for example {node.func.id}(keep=64)"
-        )
+        raise ValueError(f"plan {text!r}: options of {node.func.id!r} need names, for example {node.func.id}(keep=64)")
     options = {}
     for keyword in node.keywords:
         try:

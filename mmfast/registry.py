@@ -100,9 +100,7 @@ def register(
             training_free=training_free,
             needs=tuple(sorted(getattr(method, "needs", ()))),
             options={
-                key: field.default
-                for key, field in getattr(method, "__dataclass_fields__", {}).items()
-                if field.init
+                key: field.default for key, field in getattr(method, "__dataclass_fields__", {}).items() if field.init
             },
             method=method,
         )

@@ -205,7 +205,7 @@ class Report:
             return 0.0
         text = sum(self.text_tokens)
         per_layer = [sum(counts) - text for counts in zip(*self.tokens_per_layer, strict=True)]
-        return sum(per_layer) / len(per_layer)
+        return float(sum(per_layer)) / len(per_layer)
 
     def with_comparison(self, comparison: Comparison) -> Report:
         """Return the same report with a measurement attached."""

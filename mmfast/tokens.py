@@ -47,13 +47,9 @@ class Layout:
         """
         frame, row, col = (
             axis.reshape(-1)
-            for axis in torch.meshgrid(
-                torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij"
-            )
+            for axis in torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
         )
-        boxes = torch.stack(
-            [col / width, row / height, (col + 1) / width, (row + 1) / height], dim=-1
-        ).float()
+        boxes = torch.stack([col / width, row / height, (col + 1) / width, (row + 1) / height], dim=-1).float()
         zeros = torch.zeros_like(frame)
         return Layout(modality, frame, zeros, row, col, zeros.bool(), boxes)
 
@@ -176,9 +172,7 @@ class Keep:
     def __post_init__(self) -> None:
         indices = self.indices
         if indices.ndim != 1 or indices.dtype != torch.int64:
-            raise ValueError(
-                f"indices must be a 1-D int64 tensor, got {indices.dtype} {tuple(indices.shape)}"
-            )
+            raise ValueError(f"indices must be a 1-D int64 tensor, got {indices.dtype} {tuple(indices.shape)}")
         if indices.numel() > 1 and not bool((indices[1:] > indices[:-1]).all()):
             raise ValueError("indices must be strictly ascending; sort them before building Keep")
         if self.features is not None and self.features.shape[0] != indices.numel():

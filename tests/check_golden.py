@@ -74,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         tally[result] += 1
         line: Any = f"{result:<10} {path.parent.name}/{path.name}"
         sys.stdout.write(f"{line}: {detail}\n" if detail else f"{line}\n")
-    sys.stdout.write(
-        f"{tally['passed']} passed, {tally['failed']} failed, {tally['no checker']} without a checker\n"
-    )
+    sys.stdout.write(f"{tally['passed']} passed, {tally['failed']} failed, {tally['no checker']} without a checker\n")
     return 1 if tally["failed"] else 0
 
 

@@ -70,11 +70,7 @@ class LogicalLength:
         self.slots = fresh if self.slots is None else torch.cat([self.slots, fresh], dim=1)
         if self.valid is not None or note.valid is not None:
             past = self.slots.shape[1] - query
-            before = (
-                self.valid
-                if self.valid is not None
-                else torch.ones(batch, past, dtype=torch.bool, device=device)
-            )
+            before = self.valid if self.valid is not None else torch.ones(batch, past, dtype=torch.bool, device=device)
             new = (
                 note.valid.to(device)
                 if note.valid is not None

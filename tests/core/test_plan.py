@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -93,10 +94,8 @@ def test_wrong_types_are_refused(plan: object) -> None:
 
 @given(st.text(max_size=60))
 def test_no_text_crashes_the_parser(text: str) -> None:
-    try:
-        Plan.parse(text)
-    except (ValueError, TypeError) as error:
-        assert str(error)
+    with contextlib.suppress(ValueError, TypeError):
+        assert isinstance(Plan.parse(text), Plan)
 
 
 @pytest.mark.parametrize("info", mmfast.methods(), ids=lambda info: info.name)

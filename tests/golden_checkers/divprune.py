@@ -34,6 +34,4 @@ def _same_rows(ours: np.ndarray, official: np.ndarray) -> None:
     if len(ours) == len(official):
         np.testing.assert_allclose(ours[np.lexsort(ours.T)], official[np.lexsort(official.T)], atol=1e-5, rtol=1e-5)
     else:
-        np.testing.assert_allclose(
-            np.unique(ours, axis=0), np.unique(official, axis=0), atol=1e-5, rtol=1e-5
-        )
+        np.testing.assert_allclose(np.unique(ours, axis=0), np.unique(official, axis=0), atol=1e-5, rtol=1e-5)

@@ -28,9 +28,7 @@ def check(case: dict[str, np.ndarray]) -> None:
             kept = _stage(case, method, event, states, row, with_image, int(full * ratios[stage]))
             with_image += 1
         count = kept.numel()
-        np.testing.assert_allclose(
-            states[kept].numpy(), case["out_features"][row, :count], rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(states[kept].numpy(), case["out_features"][row, :count], rtol=1e-4, atol=1e-5)
         positions = compact_positions(kept[None], None, torch.tensor([0]))[0]
         np.testing.assert_array_equal(positions.numpy(), case["out_position_ids"][row, :count])
         if not bool(case["mask_was_none"]):
@@ -39,7 +37,13 @@ def check(case: dict[str, np.ndarray]) -> None:
 
 
 def _stage(
-    case: dict[str, np.ndarray], method: object, event: LayerEvent, states: Tensor, row: int, number: int, alive: int
+    case: dict[str, np.ndarray],
+    method: object,
+    event: LayerEvent,
+    states: Tensor,
+    row: int,
+    number: int,
+    alive: int,
 ) -> Tensor:
     start = int(case["image_pos"][row])
     candidates = torch.arange(start, start + alive)
@@ -65,7 +69,10 @@ def _stage(
         attention_rows=attention_rows(query, key, None, torch.tensor([last]))[0],
     )
     np.testing.assert_allclose(
-        method.score(tokens, event).numpy(), case[f"score_{number}"], rtol=1e-4, atol=1e-5  # type: ignore[attr-defined]
+        method.score(tokens, event).numpy(),
+        case[f"score_{number}"],
+        rtol=1e-4,
+        atol=1e-5,  # type: ignore[attr-defined]
     )
     chosen = method(tokens, event)  # type: ignore[operator]
     chosen = candidates if chosen is None else chosen

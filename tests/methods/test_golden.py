@@ -14,7 +14,8 @@ TESTS = Path(__file__).parents[1]
 
 def _script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("check_golden", TESTS / "check_golden.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

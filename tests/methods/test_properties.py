@@ -14,8 +14,8 @@ from mmfast.token_pruning.before_llm.divprune import MATRIX_LIMIT, max_min_order
 from mmfast.token_pruning.before_llm.pool2d import pooled_grid
 from mmfast.tokens import Keep, Layout, VisualTokens
 
-BEFORE = [info for info in mmfast.methods("before_llm")]
-INSIDE = [info for info in mmfast.methods("in_llm")]
+BEFORE = mmfast.methods("before_llm")
+INSIDE = mmfast.methods("in_llm")
 sizes = st.integers(1, 9)
 keeps = st.one_of(st.integers(1, 90), st.floats(0.01, 1.0))
 
@@ -45,12 +45,15 @@ def test_before_llm_decisions_are_sound(
     assert 0 <= int(decision.indices.min()) <= int(decision.indices.max()) < total
     if isinstance(method, Merger):
         assert 1 <= len(decision) <= promised
-        assert decision.features is not None and decision.features.shape == (len(decision), 6)
-        assert decision.source is not None and int(decision.source.max()) == len(decision) - 1
+        assert decision.features is not None
+        assert decision.features.shape == (len(decision), 6)
+        assert decision.source is not None
+        assert int(decision.source.max()) == len(decision) - 1
     else:
         assert len(decision) == promised
     again = method(tokens)
-    assert again is not None and again.indices.equal(decision.indices)
+    assert again is not None
+    assert again.indices.equal(decision.indices)
 
 
 @pytest.mark.parametrize("info", BEFORE, ids=lambda info: info.name)
@@ -85,7 +88,12 @@ def test_newline_tokens_follow_the_policy(info: mmfast.MethodInfo, policy: str) 
         assert not decision.features[~newline].isnan().any()
 
 
-@given(total=st.integers(1, 60), width=st.integers(1, 5), seed=st.integers(0, 9), scale=st.sampled_from([0.0, 1e-20, 1.0]))
+@given(
+    total=st.integers(1, 60),
+    width=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    scale=st.sampled_from([0.0, 1e-20, 1.0]),
+)
 @settings(deadline=None)
 def test_max_min_order_never_repeats(total: int, width: int, seed: int, scale: float) -> None:
     features = scale * torch.randn(total, width, generator=torch.Generator().manual_seed(seed))

@@ -35,7 +35,9 @@ class Pool2d(Merger):
             )
         groups = _grids(tokens)
         share = max(1, kept // len(groups))
-        slots, features, sizes = [], [], []
+        slots: list[int] = []
+        sizes: list[float] = []
+        features: list[Tensor] = []
         source = torch.full((len(tokens),), -1, dtype=torch.int64)
         for places, height, width in groups:
             new_height, new_width = pooled_grid(height, width, share)
@@ -67,7 +69,8 @@ def pool_grid(features: Tensor, height: int, new_height: int, new_width: int) ->
     Args:
         features: ``[height * width, D]`` in raster order.
         height: rows of the grid.
-        new_height, new_width: size of the pooled grid.
+        new_height: rows of the pooled grid.
+        new_width: columns of the pooled grid.
 
     Returns:
         ``[new_height * new_width, D]`` in raster order, same dtype; averaged in float32.
