@@ -24,8 +24,8 @@ from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
 from mmfast.adapters.media import (
     feature_source,
-    has_features,
     items_of,
+    modalities,
     placeholder_masks,
     segments,
     tag,
@@ -180,9 +180,11 @@ class Binding:
         outer = Outer(attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         self.outer = outer
         cache = named.get("past_key_values")
-        if has_features(named):
+        brought = modalities(named)
+        if brought:
             outer.input_ids, outer.features = named.get("input_ids"), feature_source(named)
-            outer.visual = placeholder_masks(named, self.adapter.placeholders, self.adapter.base.get_input_embeddings())
+            ids = {name: token for name, token in self.adapter.placeholders.items() if name in brought}
+            outer.visual = placeholder_masks(named, ids, self.adapter.base.get_input_embeddings())
             for modality, output in (named.get("mm_encoder_outputs") or {}).items():
                 known = tagged(output)
                 if known is not None:

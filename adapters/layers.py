@@ -49,6 +49,7 @@ class LayerRunner:
         for layer in inner.cache.layers[first:]:
             before = layer.shift
             layer.shift = shift if before is None else before + shift.to(before.device)
+            layer.renumbered += first > 0
 
     # ------------------------------------------------------------------ arming
 
@@ -97,7 +98,7 @@ class LayerRunner:
                 layer.history != reference.history
                 and not (
                     # One token that sees everything stored needs no mask, however much that is.
-                    unmasked and layer.valid is None and reference.valid is None and _same_shift(layer, reference)
+                    unmasked and layer.valid is None and reference.valid is None and _counts_alike(layer, reference)
                 )
             ):
                 affected.add(index)
@@ -190,20 +191,20 @@ class LayerRunner:
         )
         positions = given.get("position_ids")
         relative = None
-        if cached is not None and inner.seen and not _same_shift(cached, _reference(inner)):
+        if cached is not None and inner.seen and not _counts_alike(cached, _reference(inner)):
             relative = cached.shift - (0 if inner.base_shift is None else inner.base_shift.to(cached.shift.device))
         if entry is None and relative is None:
             self._hide_gaps(new, level)
             return
         if positions is not None:
             new["position_ids"] = inner.remembered(
-                ("positions", start, id(positions), device, relative is None),
+                ("positions", start, id(positions), device, 0 if cached is None else cached.renumbered),
                 lambda: _moved(positions, entry, level, relative),
             )
         tables = given["position_embeddings"]
         if level.positions is not None or relative is not None:
             new["position_embeddings"] = inner.remembered(
-                ("rotary", start, id(tables), device, index),
+                ("rotary", start, id(tables), device, 0 if cached is None else cached.renumbered),
                 lambda: self.adapter.rotary(layer, hidden, new["position_ids"]),
             )
         else:
@@ -234,10 +235,11 @@ class LayerRunner:
         level = inner.level_at(index)
         keep = self._choose(inner, level, event, hidden.detach(), rows)
         inner.selection_marks.append((begin, self.recorder.watch.mark()))
+        projected = inner.tables.pop("projected", {})
         if keep is None:
             return None
         narrower, step = level.narrow(keep.to(hidden.device))
-        for projection, output in inner.tables.pop("projected", {}).items():
+        for projection, output in projected.items():
             _replay(inner, projection, gather_rows(output, step))
         if self.dropper is not None and self.dropper.positions == "compact":
             narrower = self._renumber(inner, index, narrower, step, new)
@@ -431,9 +433,9 @@ def _reference(inner: Inner) -> Any:
     return next((layer for layer in layers if not layer.is_sliding), layers[0])
 
 
-def _same_shift(layer: Any, reference: Any) -> bool:
-    """Layers without a shift of their own, or with the same history, count positions alike."""
-    return layer.history == reference.history or (layer.shift is None and reference.shift is None)
+def _counts_alike(layer: Any, reference: Any) -> bool:
+    """Layers whose prompts were renumbered equally often count positions alike."""
+    return bool(layer.renumbered == reference.renumbered)
 
 
 def _gather_table(table: Tensor, entry: Tensor | None) -> Tensor:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    ProcessorMixin,
+)
 from transformers.utils import logging
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -87,7 +93,7 @@ def _source(name_or_path: str | Path) -> str:
         raise ValueError(f"{name!r} holds no config.json; give a folder that save_pretrained() wrote.")
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f"; {pickled[0].name} may run code when it is opened and is not read" if pickled else ""
+        found = f"; {pickled[0]} may run code when it is opened and is not read" if pickled else ""
         raise ValueError(
             f"{name!r} holds no *.safetensors weights{found}. "
             "Load the model elsewhere and write it again with save_pretrained()."
@@ -97,7 +103,7 @@ def _source(name_or_path: str | Path) -> str:
 
 def _load_config(source: str, options: dict[str, Any]) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise _needs_code(source) from error
@@ -105,7 +111,12 @@ def _load_config(source: str, options: dict[str, Any]) -> Any:
             f"the config.json of {source!r} does not describe a model that this transformers knows: {_short(error)}"
         ) from error
     except OSError as error:
+        if Path(source).is_dir():
+            raise ValueError(f"the config.json of {source!r} cannot be read: {_short(error)}") from error
         raise _unreachable(source, error) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{source!r} is a {config.model_type!r} model, which does not take images and write text.")
+    return config
 
 
 def _load_processor(source: str, options: dict[str, Any]) -> Any:
@@ -145,12 +156,6 @@ def _load_weights(
         )
     except SafetensorError as error:
         raise ValueError(f"the weights of {source!r} are damaged: {_short(error)}") from error
-    except ValueError as error:
-        if "Unrecognized configuration class" in str(error):
-            raise ValueError(
-                f"{source!r} is a {config.model_type!r} model, which does not take images and write text."
-            ) from error
-        raise
     except OSError as error:
         if "safetensors" in str(error):
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast.tokens import Layout
 
-FEATURE_KEYS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+FEATURE_KEYS = {"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
 _TAG = "_mmfast_layouts"
 
 
@@ -48,11 +48,11 @@ def tagged(output: Any) -> list[Layout] | None:
     return found
 
 
-def has_features(kwargs: dict[str, Any]) -> bool:
-    """Say whether a call of the outer model brings image or video features."""
-    if any(kwargs.get(key) is not None for key in FEATURE_KEYS):
-        return True
-    return any(value is not None for value in (kwargs.get("mm_encoder_outputs") or {}).values())
+def modalities(kwargs: dict[str, Any]) -> set[str]:
+    """Say which features a call of the outer model brings; a placeholder without them is a plain token."""
+    pixels = {modality for key, modality in FEATURE_KEYS.items() if kwargs.get(key) is not None}
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return pixels | {modality for modality, output in encoded.items() if output is not None}
 
 
 def feature_source(kwargs: dict[str, Any]) -> Any:

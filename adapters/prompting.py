@@ -11,9 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-Picture = Image.Image | NDArray[np.uint8]
-"""An image: PIL, or uint8 ``[H, W, 3]``."""
-
 _IMAGE, _VIDEO = {"type": "image"}, {"type": "video"}
 
 
@@ -22,7 +19,7 @@ class _Prompt:
     """One question, its content entries in order, and what fills their slots."""
 
     content: list[dict[str, str]]
-    images: list[Picture]
+    images: list[Image.Image]
     videos: list[NDArray[np.uint8]]
 
 
@@ -84,11 +81,8 @@ def prepare(
     ]
     texts = [_render(processor, prompt.content) for prompt in prompts]
     inputs = processor(text=texts, **_media(prompts, fps), **_text_options(processor, texts))
-    for name in ("video_metadata", "num_crops"):
-        # Some processors hand back notes that no forward accepts.
-        if name in inputs and not isinstance(inputs[name], torch.Tensor):
-            inputs.pop(name)
-    return inputs.to(device=device or "cpu", dtype=dtype) if dtype is not None else inputs.to(device or "cpu")
+    place = "cpu" if device is None else device
+    return inputs.to(place) if dtype is None else inputs.to(place, dtype=dtype)
 
 
 def _batch(question: str | Sequence[str], images: Any, clips: Any) -> tuple[list[str], list[Any], list[Any]]:
@@ -117,7 +111,7 @@ def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_i
         if isinstance(token, str) and token in question:
             raise ValueError(f"question must not contain the placeholder {token!r}, got {question!r}.")
     content: list[dict[str, str]] = []
-    pictures: list[Picture] = []
+    pictures: list[Image.Image] = []
     videos: list[NDArray[np.uint8]] = []
     if images is not None:
         pictures += [_picture(image) for image in _listed(images)]
@@ -131,9 +125,9 @@ def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_i
                 content += [{"type": "text", "text": f"frame {number}:"}, _IMAGE]
                 pictures.append(shot)
         else:
-            sizes = {np.shape(shot)[:2] for shot in shots}
+            sizes = {shot.size for shot in shots}
             if len(sizes) > 1:
-                raise ValueError(f"video_frames must all have one size, got (height, width) {sorted(sizes)}.")
+                raise ValueError(f"video_frames must all have one size, got (width, height) {sorted(sizes)}.")
             videos.append(np.stack([np.asarray(shot) for shot in shots]))
             content.append(_VIDEO)
     content.append({"type": "text", "text": question})
@@ -146,7 +140,7 @@ def _listed(pictures: Any) -> list[Any]:
     return [pictures] if single else list(pictures)
 
 
-def _picture(picture: Any) -> Picture:
+def _picture(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if isinstance(picture, np.ndarray):
@@ -158,9 +152,15 @@ def _picture(picture: Any) -> Picture:
 
 
 def _render(processor: Any, content: list[dict[str, str]]) -> str:
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if template is not None:
         messages = [{"role": "user", "content": content}]
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text: str = processor.apply_chat_template(
+            messages,
+            chat_template=template if isinstance(template, str) else None,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
         return text
     # Base models have no template: placeholders first, as in the examples of their model cards.
     tokens = {"image": getattr(processor, "image_token", ""), "video": getattr(processor, "video_token", "")}

@@ -35,6 +35,7 @@ class LogicalLength:
         valid: ``[B, P]`` bool, which stored slots are real tokens; None = all.
         slots: ``[B, P]`` int64, logical place of each stored token.
         shift: ``[B]`` int64, by how much positions of later tokens are lowered (compact positions).
+        renumbered: how many of the shifts this layer does not share with the first one.
         history: layers of one cache with the same history have the same books.
     """
 
@@ -42,6 +43,7 @@ class LogicalLength:
     valid: Tensor | None
     slots: Tensor | None
     shift: Tensor | None
+    renumbered: int
     history: int
     announced: Announcement | None
     keys: Tensor | None
@@ -53,6 +55,7 @@ class LogicalLength:
         self.valid = None
         self.slots = None
         self.shift = None
+        self.renumbered = 0
         self.history = 0
         self.announced = None
 
