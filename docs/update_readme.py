@@ -76,12 +76,12 @@ def accuracy_text() -> str:
         rows.append((f"{float(keep):.0%}", *(f"{cells[keep]['accuracy']:.3f}" for cells in methods.values())))
     families = ", ".join(f"{name} {value:.3f}" for name, value in result["full"]["families"].items())
     return (
-        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random: mean of three "
-        f"seeds; {result['date']}), made by `python benchmarks/accuracy.py`:\n\n{table(rows)}\n\n"
-        f"Full model per question type: {families}. `keep` is what is left at the entrance of the language model, and for "
-        "`pyramiddrop` and `fastv` in its last layer, after one or two layers that read more (the demo model has four). "
-        "The demo model was trained with dropped backgrounds and supervised attention: methods that read its attention "
-        "look better here than on public models."
+        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random: mean of "
+        f"three seeds; {result['date']}), made by `python benchmarks/accuracy.py`:\n\n{table(rows)}\n\n"
+        f"Full model per question type: {families}. `keep` is what is left at the entrance of the language model, and "
+        "for `pyramiddrop` and `fastv` in its last layer, after one or two layers that read more (the demo model has "
+        "four). The demo model was trained with dropped backgrounds and supervised attention: methods that read its "
+        "attention look better here than on public models."
     )
 
 
@@ -104,10 +104,10 @@ def speed_text() -> str:
     machine = result["machine"]
     return (
         f"**Prefill** of a random-weight LLaVA ({result['setting']}; {machine['device']}, {machine['threads']} thread, "
-        f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}; processor time, median of "
-        f"{result['repeats']} runs in turn with the untouched model, selection included), made by "
-        f"`python benchmarks/speed.py`:\n\n{table(rows)}\n\nA plan that drops nothing costs: {overhead}. The last column is "
-        "the share of the full prefill that choosing the tokens took."
+        f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}; processor time, median "
+        f"of {result['repeats']} runs in turn with the untouched model, selection included), made by "
+        f"`python benchmarks/speed.py`:\n\n{table(rows)}\n\nA plan that drops nothing costs: {overhead}. The last "
+        "column is the share of the full prefill that choosing the tokens took."
     )
 
 
@@ -119,6 +119,11 @@ def filled(page: str, name: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def updated(page: str) -> str:
+    """Return the page with every generated part renewed."""
+    page = filled(page, "methods", method_table())
+    return filled(page, "measured", f"{speed_text()}\n\n{accuracy_text()}")
+
+
 if __name__ == "__main__":
-    page = filled(README.read_text(), "methods", method_table())
-    README.write_text(filled(page, "measured", f"{speed_text()}\n\n{accuracy_text()}"))
+    README.write_text(updated(README.read_text()))

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmfast.accelerate import Accelerated, accelerate
+    from mmfast.accelerated import Accelerated, accelerate
     from mmfast.budget import LanguageShape, prefill_flops
     from mmfast.plan import Plan
     from mmfast.registry import MethodInfo, methods, register
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Accelerated": "mmfast.accelerate",
+    "Accelerated": "mmfast.accelerated",
     "Keep": "mmfast.tokens",
     "LanguageShape": "mmfast.budget",
     "Layout": "mmfast.tokens",
@@ -33,7 +33,7 @@ _HOME = {
     "Plan": "mmfast.plan",
     "Report": "mmfast.report",
     "VisualTokens": "mmfast.tokens",
-    "accelerate": "mmfast.accelerate",
+    "accelerate": "mmfast.accelerated",
     "load_default": "mmfast.zoo",
     "methods": "mmfast.registry",
     "prefill_flops": "mmfast.budget",

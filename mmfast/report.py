@@ -277,7 +277,7 @@ class Report:
         if self.peak_bytes:
             lines.append(f"memory   peak {self.peak_bytes / 1e6:.0f} MB")
         if self.comparison is None:
-            lines.append("speed    not compared; run measure(**inputs) to time it against the untouched model")
+            lines.append("speed    not compared; call measure(inputs) to time it against the untouched model")
         else:
             lines.append(f"speed    {self.comparison.verdict()}")
         return "\n".join(lines)

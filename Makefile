@@ -1,0 +1,52 @@
+# Every target sets up its own environment first. On a CUDA machine: make env CONSTRAINTS=
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints-cpu.txt
+TESTS ?= tests
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPING := build/typing
+DEMO := build/demo
+CLIP := mmfast/data/samples/bigbuckbunny.mp4
+
+.DEFAULT_GOAL := help
+.PHONY: help env test demo bench lint readme clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(READY)  ## create .venv and install mmfast into it, editable, with the developer tools
+
+# The stamp is written last, so an interrupted set-up starts again and a finished one is not repeated.
+# The pip of a fresh virtual environment may be too old to read today's packages.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	@touch $@
+
+test: $(READY)  ## run the tests; what is skipped is listed with its reason (TESTS=path for a part)
+	$(BIN)/pytest $(TESTS)
+
+demo: $(READY)  ## compare the model with and without mmfast on two clips; writes build/demo/*.html
+	@mkdir -p $(DEMO)
+	$(BIN)/mmfast compare --html $(DEMO)/rendered.html
+	$(BIN)/mmfast compare $(CLIP) --html $(DEMO)/bigbuckbunny.html
+
+bench: $(READY)  ## measure speed on this machine
+	$(BIN)/python benchmarks/speed.py
+
+# mypy reads folders, not the mapping in pyproject.toml: lay the three trees out as they are installed.
+lint: $(READY)  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPING) && mkdir -p $(TYPING)/mmfast
+	@ln -s $(CURDIR)/mmfast/* $(CURDIR)/adapters $(CURDIR)/eval $(TYPING)/mmfast
+	cd $(TYPING) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p mmfast
+
+readme: $(READY)  ## renew the README's tables from the registry and the committed results
+	$(BIN)/python docs/update_readme.py
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build mmfast.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,279 @@
+"""A video, from a file, a folder or an array, to the few frames that a model looks at."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmfast.media.errors import MediaError
+from mmfast.media.readers import READERS, Clip, ClipInfo
+from mmfast.media.readers.base import Pixels
+from mmfast.media.sampling import check_indices, check_numbers, choose_frames, choose_sampler
+from mmfast.media.sniff import VIDEOS, check_file, folder_images
+from mmfast.media.stills import check_array, open_npy, open_stills
+
+MAX_FRAMES = 768
+MAX_FRAME_PIXELS = 36_000_000
+MAX_VIDEO_BYTES = 4 * 2**30
+MAX_MEMORY = 2 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames of a video, and where they come from.
+
+    Attributes:
+        frames: uint8 ``[T, H, W, 3]``, RGB, upright.
+        indices: number of each frame in the source, from 0.
+        timestamps: seconds since the first frame of the source, one per frame.
+        fps: frames per second of the source.
+        total_frames: number of frames that the source has.
+        duration: ``total_frames / fps``, in seconds.
+        reader: what read it: ``pyav``, ``decord``, ``torchcodec``, ``folder``, ``npy`` or ``array``.
+        sampler: the rule that chose the frames, or ``"indices"``.
+        warnings: what is not as asked or promised (cut-off file, fewer frames, assumed rate), a line each.
+    """
+
+    frames: Pixels
+    indices: tuple[int, ...]
+    timestamps: tuple[float, ...]
+    fps: float
+    total_frames: int
+    duration: float
+    reader: str
+    sampler: str
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def images(self) -> list[Image.Image]:
+        """Return the frames as Pillow images, which share no memory with ``frames``."""
+        return [Image.fromarray(frame) for frame in self.frames]
+
+
+def read_video(
+    source: str | os.PathLike[str] | Pixels | Sequence[Any],
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    indices: Sequence[int] | None = None,
+    sampler: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    reader: str = "pyav",
+    source_fps: float | None = None,
+    max_frames: int = MAX_FRAMES,
+    max_pixels: int = MAX_FRAME_PIXELS,
+    max_bytes: int = MAX_VIDEO_BYTES,
+    max_memory: int = MAX_MEMORY,
+    timeout: float = 120.0,
+) -> Video:
+    """Read frames of a video.
+
+    Give at most one of ``num_frames``, ``fps`` and ``indices``; none means 32 frames. Fewer frames come back
+    where the video has fewer; none is repeated. An index beyond the end gives the last frame, with a warning.
+
+    Args:
+        source: a video file (MP4/MOV, MKV/WEBM, AVI, MPEG-TS/PS, FLV, ASF, OGG), a folder of images, a
+            ``.npy`` file or array uint8 ``[T, H, W, 3]``, or a list of frames (paths, Pillow images, uint8
+            ``[H, W, 3]``).
+        num_frames: frames wanted.
+        fps: frames wanted per second of video.
+        indices: frame numbers from 0, in any order; returned in that order.
+        sampler: rule that chooses the frames, see :mod:`mmfast.media.sampling`; None: ``linspace`` for
+            ``num_frames``, ``fps`` for ``fps``.
+        size: None: as in the file; int: the longer side is brought down to it; (height, width): exactly that.
+        reader: ``"pyav"`` (exact for every format); ``"torchcodec"`` (falls back to PyAV, with a warning);
+            ``"decord"`` (in another process; returns wrong frames for some files, see its module).
+        source_fps: frames per second of a folder, list or array; 24 is assumed, with a warning, if None.
+        max_frames: most frames that may be returned.
+        max_pixels: largest legal width x height of a frame, checked before decoding.
+        max_bytes: largest legal file.
+        max_memory: most bytes that the returned frames may take, checked before decoding.
+        timeout: seconds that decord may take for opening, and for reading.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        MediaError: if the source cannot be read, or not within these limits.
+
+    Example:
+        >>> from mmfast.media import sample
+        >>> video = read_video(sample("bigbuckbunny.mp4"), indices=[0, 5], size=64)
+        >>> video.frames.shape, video.timestamps, video.total_frames
+        ((2, 36, 64, 3), (0.0, 0.2), 132)
+    """
+    check_numbers(num_frames=num_frames, fps=fps, max_frames=max_frames)
+    _check_size(size)
+    if reader not in READERS:
+        near = get_close_matches(str(reader), READERS)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise MediaError(f"reader={reader!r} is unknown; {hint}There are: {', '.join(READERS)}")
+    if indices is not None:
+        if num_frames is not None or fps is not None or sampler is not None:
+            raise MediaError("indices exclude num_frames, fps and sampler; give indices alone or none")
+        wanted = check_indices(indices, max_frames=max_frames)
+        rule = "indices"
+    else:
+        rule = choose_sampler(sampler, num_frames=num_frames, fps=fps)
+
+    def plan(info: ClipInfo) -> list[int]:
+        if indices is not None:
+            return [min(index, info.total_frames - 1) for index in wanted]
+        return choose_frames(
+            info.total_frames, info.fps, num_frames=num_frames, fps=fps, sampler=rule, max_frames=max_frames
+        )
+
+    def read(reader: str) -> Video:
+        clip, by = _open(
+            source,
+            reader=reader,
+            source_fps=source_fps,
+            may_differ=isinstance(size, tuple),
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+            timeout=timeout,
+        )
+        video = _collect(clip, plan, size, max_memory)
+        return replace(video, reader=by, sampler=rule)
+
+    extra: tuple[str, ...] = ()
+    if reader == "torchcodec":
+        # It is only ever faster, never needed, and fails in many ways (import, libraries, formats).
+        try:
+            video = read(reader)
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            extra = (f"torchcodec failed ({type(error).__name__}: {line}); read with pyav",)
+            video = read("pyav")
+    else:
+        video = read(reader)
+    if indices is not None and (beyond := [index for index in wanted if index >= video.total_frames]):
+        extra += (f"the last frame is {video.total_frames - 1}; it stands for {_short(beyond)}",)
+    if num_frames is not None and len(video) < num_frames:
+        extra += (f"num_frames={num_frames}, but there are only {video.total_frames} frames",)
+    return replace(video, warnings=video.warnings + extra)
+
+
+def _open(
+    source: str | os.PathLike[str] | Pixels | Sequence[Any],
+    *,
+    reader: str,
+    source_fps: float | None,
+    may_differ: bool,
+    max_pixels: int,
+    max_bytes: int,
+    timeout: float,
+) -> tuple[Clip, str]:
+    """Open whatever was given; returns the clip and the name of what reads it."""
+    if source_fps is not None and not (math.isfinite(source_fps) and source_fps > 0):
+        raise MediaError(f"source_fps={source_fps} must be a finite number above 0")
+    items: Sequence[Any] | Pixels
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        name = str(path)
+        if path.is_dir():
+            items, by = folder_images(path), "folder"
+        else:
+            content = check_file(path, max_bytes=max_bytes)
+            if content.kind == "video":
+                return READERS[reader](path, max_pixels=max_pixels, timeout=timeout), reader
+            if content.kind != "array":
+                hint = ", or load_image() for an image" if content.kind == "image" else ""
+                raise MediaError(
+                    f"{path}: {content.name}, not a video; give {VIDEOS}, a folder of images or a NumPy file{hint}"
+                )
+            items, by = open_npy(path), "npy"
+    elif isinstance(source, np.ndarray):
+        items, by, name = check_array(source, "the array"), "array", "the array"
+    elif isinstance(source, Sequence) and not isinstance(source, bytes):
+        items, by, name = source, "array", "the list"
+    else:
+        raise TypeError(
+            f"source is {type(source).__name__}; it must be a path, a list of frames or an array [T, H, W, 3]"
+        )
+    clip = open_stills(items, name, max_pixels=max_pixels, source_fps=source_fps, may_differ=may_differ)
+    return clip, by
+
+
+def _collect(
+    clip: Clip, plan: Callable[[ClipInfo], list[int]], size: int | tuple[int, int] | None, max_memory: int
+) -> Video:
+    info = clip.info
+    height, width = _target(info, size)
+    targets = plan(info)
+    wanted = sorted(set(targets))
+    _check_memory(info, len(wanted), height, width, max_memory)
+    decoded = clip.read(wanted, height, width)
+    if len(decoded.frames) < len(wanted):
+        # The clip ended before its counted end; now the end is known, so choose again.
+        if decoded.total_frames == 0:
+            raise MediaError(f"{info.name}: no frame can be decoded; give another file")
+        info = replace(
+            info,
+            total_frames=decoded.total_frames,
+            warnings=(
+                *info.warnings,
+                f"{info.name}: {info.total_frames} frames counted, {decoded.total_frames} can be decoded",
+            ),
+        )
+        targets = plan(info)
+        wanted = sorted(set(targets))
+        decoded = clip.read(wanted, height, width)
+        if len(decoded.frames) < len(wanted):
+            raise MediaError(f"{info.name}: decodes differently each time; convert it to another format")
+    place = {index: position for position, index in enumerate(wanted)}
+    order = [place[index] for index in targets]
+    return Video(
+        # Sampled frames are in order already: no copy.
+        frames=decoded.frames if targets == wanted else decoded.frames[order],
+        indices=tuple(targets),
+        timestamps=tuple(decoded.timestamps[position] for position in order),
+        fps=info.fps,
+        total_frames=info.total_frames,
+        duration=info.total_frames / info.fps,
+        reader="",
+        sampler="",
+        warnings=info.warnings + decoded.warnings,
+    )
+
+
+def _check_size(size: int | tuple[int, int] | None) -> None:
+    if size is None:
+        return
+    sides = size if isinstance(size, tuple) else (size,)
+    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not integers or (isinstance(size, tuple) and len(sides) != 2):
+        raise TypeError(f"size={size!r} must be the longer side (int) or (height, width)")
+    if min(sides) < 1:
+        raise MediaError(f"size={size!r} must be at least 1 pixel on each side")
+
+
+def _target(info: ClipInfo, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    if isinstance(size, tuple):
+        return size
+    longer = max(info.height, info.width)
+    if size is None or longer <= size:
+        return info.height, info.width
+    return max(1, round(info.height * size / longer)), max(1, round(info.width * size / longer))
+
+
+def _check_memory(info: ClipInfo, count: int, height: int, width: int, max_memory: int) -> None:
+    needed = count * height * width * 3
+    if needed > max_memory:
+        raise MediaError(
+            f"{info.name}: {count} frames of {width}x{height} pixels take {needed} bytes, more than "
+            f"max_memory={max_memory}; ask for fewer frames or a smaller size (size=448)"
+        )
+
+
+def _short(indices: Sequence[int]) -> str:
+    shown = ", ".join(str(index) for index in indices[:5])
+    return shown if len(indices) <= 5 else f"{shown} and {len(indices) - 5} more"
