@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 TYPING := build/typing
 DEMO := build/demo
 CLIP := mmfast/data/samples/bigbuckbunny.mp4
+PLANS := --plan "divprune(keep=64)" --plan "divprune(keep=128) + pyramiddrop()"
 
 .DEFAULT_GOAL := help
 .PHONY: help env test demo bench lint readme clean
@@ -29,10 +30,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 test: $(READY)  ## run the tests; what is skipped is listed with its reason (TESTS=path for a part)
 	$(BIN)/pytest $(TESTS)
 
-demo: $(READY)  ## compare the model with and without mmfast on two clips; writes build/demo/*.html
+demo: $(READY)  ## compare the demo model with and without plans on two clips; writes build/demo/*.html
 	@mkdir -p $(DEMO)
-	$(BIN)/mmfast compare --html $(DEMO)/rendered.html
-	$(BIN)/mmfast compare $(CLIP) --html $(DEMO)/bigbuckbunny.html
+	$(BIN)/python examples/render_clip.py $(DEMO)/rendered.mp4 > $(DEMO)/question.txt
+	$(BIN)/mmfast compare $(DEMO)/rendered.mp4 "$$(cat $(DEMO)/question.txt)" $(PLANS) --out $(DEMO)/rendered.html
+	$(BIN)/mmfast compare $(CLIP) "can you see a red circle?" $(PLANS) --out $(DEMO)/bigbuckbunny.html
 
 bench: $(READY)  ## measure speed on this machine
 	$(BIN)/python benchmarks/speed.py

@@ -83,7 +83,7 @@ def _source(name_or_path: str | Path) -> str:
         raise TypeError(f"name_or_path must be a model id or a folder, got {type(name_or_path).__name__}.")
     name = str(name_or_path)
     folder = Path(name).expanduser()
-    if not folder.exists():
+    if not name or not folder.exists():
         if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or not name or name.count("/") > 1:
             raise ValueError(f"{name!r} is neither a folder nor a model id like 'organisation/model'.")
         return name

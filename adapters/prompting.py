@@ -122,7 +122,9 @@ def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_i
             raise ValueError("video_frames must hold at least one frame, got none.")
         if frames_as_images:
             for number, shot in enumerate(shots, start=1):
-                content += [{"type": "text", "text": f"frame {number}:"}, _IMAGE]
+                # A number on a single frame would tell nothing.
+                tag = [{"type": "text", "text": f"frame {number}:"}] if len(shots) > 1 else []
+                content += [*tag, _IMAGE]
                 pictures.append(shot)
         else:
             sizes = {shot.size for shot in shots}
