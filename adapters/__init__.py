@@ -7,19 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmfast.adapters.base import Adapter, families, family, for_model
+    from mmfast.adapters.environment import attention_backends, importable
     from mmfast.adapters.loading import load_pretrained
     from mmfast.adapters.prompting import prepare
 
 _HOME = {
     "Adapter": "base",
+    "attention_backends": "environment",
     "families": "base",
     "family": "base",
     "for_model": "base",
+    "importable": "environment",
     "load_pretrained": "loading",
     "prepare": "prompting",
 }
 
-__all__ = ["Adapter", "families", "family", "for_model", "load_pretrained", "prepare"]
+__all__ = [
+    "Adapter",
+    "attention_backends",
+    "families",
+    "family",
+    "for_model",
+    "importable",
+    "load_pretrained",
+    "prepare",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,16 +49,7 @@ def tap_name(implementation: str) -> str:
 
 
 def register_tap(implementation: str, ledger: Ledger) -> None:
-    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again.
-
-    Raises:
-        ValueError: if masks of that implementation cannot be gathered.
-    """
-    if implementation == "flex_attention" or "|" in implementation:
-        raise ValueError(
-            f"attention implementation {implementation!r} cannot be combined with dropping tokens inside the LLM; "
-            "load the model with attn_implementation='sdpa', 'eager' or a flash implementation"
-        )
+    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again."""
     name = tap_name(implementation)
     if _users.get(name, 0) == 0:
         ALL_ATTENTION_FUNCTIONS.register(name, _make_tap(implementation))

@@ -64,6 +64,7 @@ class Binding:
         self.outer: Outer | None = None
         self.inner: Inner | None = None
         self._prompt: Prompt | None = None
+        self._encoding = False
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         self._refuse()
@@ -119,6 +120,13 @@ class Binding:
                     f"{self.adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
                     "count original positions); use positions='keep'"
                 )
+        implementation = self.adapter.text_config._attn_implementation
+        if self.dropper is not None and (implementation == "flex_attention" or "|" in implementation):
+            raise ValueError(
+                f"method {self.dropper.name!r} cannot drop tokens inside the LLM with attention implementation "
+                f"{implementation!r}, whose masks cannot be gathered; load the model with "
+                "attn_implementation='sdpa', 'eager' or a flash implementation"
+            )
         if self.dropper is not None and self.adapter.no_layer_drops:
             raise ValueError(
                 f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
@@ -158,8 +166,15 @@ class Binding:
 
         @wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding:
+                # One entry may call the other, as Qwen3-VL's for videos: the outer one knows what it encodes.
+                return original(*args, **kwargs)
             begin = self.recorder.watch.mark()
-            output = original(*args, **kwargs)
+            self._encoding = True
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._encoding = False
             self.recorder.add_vision(begin, self.recorder.watch.mark())
             arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
             arguments.update(arguments.pop("kwargs", {}))
@@ -207,7 +222,8 @@ class Binding:
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.outer is not None:
-            self.recorder.end_call(prefill=bool(self.outer.visual))
+            cache = getattr(output, "past_key_values", None)
+            self.recorder.end_call(prefill=bool(self.outer.visual), cache=cache)
         self.outer = None
 
     # ---------------------------------------------------------- decoder boundary
@@ -247,8 +263,13 @@ class Binding:
             if self.before is not None:
                 keep, embeddings, changed = self._reduce(self.before, inner, embeds, valid)
             self._number(inner, keep, length)
-            if self.dropper is not None and length > 1 and any(sum(t) for t in inner.media_totals):
-                inner.events = dict(self.events)
+            if self.dropper is not None and length > 1:
+                inner.events = {
+                    layer: event
+                    for layer, event in self.events.items()
+                    if any(self.dropper.drops(event, totals) for totals in inner.media_totals)
+                }
+            if inner.events:
                 self._refuse_checkpointing()
         if not changed and not inner.events and not is_logical(cache):
             self.recorder.note_full(inner, valid)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from mmfast.adapters.base import Adapter, family
+from mmfast.tokens import Layout
 
 
 @family("idefics3", "smolvlm")
 class Idefics3(Adapter):
     """Each tile is one item; tags such as ``<row_1_col_1>`` are text and stay."""
+
+    def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
+        """Tell the tiles apart: some releases return the tiles of a whole prompt as one item."""
+        tile = self.base.image_seq_len
+        return super().layouts(modality, arguments, [part for item in features for part in item.split(tile) if len(part)])

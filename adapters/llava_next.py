@@ -28,10 +28,10 @@ class LlavaNext(Adapter):
         for size, item in zip(arguments["image_sizes"], features, strict=False):
             high, wide = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, vision.image_size)
             tiles = _coordinates(high, wide, side)
-            packed = self._pack(tiles, size)
+            packed = self._pack(tiles, size, arguments)
             if len(packed) != len(item):
                 # The model packs a single tile when its processor made only one.
-                packed = self._pack(tiles[:1], size)
+                packed = self._pack(tiles[:1], size, arguments)
             known = len(packed) == len(item)
             found.append(packed_layout(packed, wide, high, side) if known else Layout.unknown(len(item)))
         return found
@@ -40,16 +40,22 @@ class LlavaNext(Adapter):
         """Lay out videos; families without video never get here."""
         return [Layout.unknown(len(item), "video") for item in features]
 
-    def _pack(self, tiles: Tensor, size: Any) -> Tensor:
+    def _pack(self, tiles: Tensor, size: Any, arguments: Mapping[str, Any]) -> Tensor:
         pack = self.base.pack_image_features
-        arguments: dict[str, Any] = {
+        accepted = inspect.signature(pack).parameters
+        own: dict[str, Any] = {
             "image_features": [tiles],
             "image_sizes": torch.as_tensor(size)[None],
             "image_newline": torch.zeros(tiles.shape[-1]) if self._has_newline() else None,
         }
-        if "vision_feature_select_strategy" in inspect.signature(pack).parameters:
-            arguments["vision_feature_select_strategy"] = "full"
-        packed: Tensor = pack(**arguments)[0][0]
+        if "vision_feature_select_strategy" in accepted:
+            own["vision_feature_select_strategy"] = "full"
+        if "vision_aspect_ratio" in accepted:
+            # OneVision shrinks large images to the number of tiles that this names.
+            own["vision_aspect_ratio"] = (
+                arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
+            )
+        packed: Tensor = pack(**own)[0][0]
         return packed
 
     def _has_newline(self) -> bool:
@@ -62,28 +68,33 @@ class LlavaNextVideo(LlavaNext):
 
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Divide each video evenly over its frames."""
-        frames = int(arguments["pixel_values_videos"].shape[1])
-        return video_grids(features, frames)
+        return video_grids(features, frames_per_video(arguments))
 
 
-def video_grids(features: Sequence[Tensor], frames: int, extra: int = 0) -> list[Layout]:
-    """Lay out videos of equal, square frames, optionally followed by ``extra`` newline tokens.
+def frames_per_video(arguments: Mapping[str, Any]) -> int:
+    """Read the number of frames from the pixels ``[videos, frames, 3, H, W]``."""
+    # transformers before 5.20 calls them as it calls those of images.
+    pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
+    if pixels is None:
+        raise ValueError(f"get_video_features was called without pixels; arguments: {', '.join(arguments)}")
+    return int(pixels.shape[1])
+
+
+def video_grids(features: Sequence[Tensor], frames: int) -> list[Layout]:
+    """Lay out videos of equal, square frames.
 
     Args:
-        features: ``[n, D]`` per video (or per frame, when there are more items than videos).
+        features: ``[n, D]`` per video.
         frames: frames per video.
-        extra: newline tokens at the end of a video (0 or 1).
     """
     found = []
     for item in features:
-        tokens = len(item) - extra
-        frame = square_or_unknown(tokens // frames, "video")
-        if tokens % frames or not frame.grid_known:
+        frame = square_or_unknown(len(item) // frames, "video")
+        if len(item) % frames or not frame.grid_known:
             found.append(Layout.unknown(len(item), "video"))
             continue
         side = int(frame.row.max()) + 1
-        layout = Layout.grid(side, side, frames=frames, modality="video")
-        found.append(layout.with_newline() if extra else layout)
+        found.append(Layout.grid(side, side, frames=frames, modality="video"))
     return found
 
 

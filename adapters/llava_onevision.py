@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmfast.adapters.base import family
-from mmfast.adapters.llava_next import LlavaNext, video_grids
+from mmfast.adapters.llava_next import LlavaNext, frames_per_video
 from mmfast.tokens import Layout
 
 
@@ -17,5 +17,9 @@ class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT; its packing may also shrink the crops, which the coordinates survive."""
 
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
-        """Divide each video evenly over its frames; the last token is a newline."""
-        return video_grids(features, int(arguments["pixel_values_videos"].shape[1]), extra=1)
+        """Lay out frames pooled to half their side, rounded up, and the newline at the end of each video."""
+        # Not from the number of features: transformers before 5.20 adds the newline later.
+        vision = self.model.config.vision_config
+        side = -(-(vision.image_size // vision.patch_size) // 2)
+        layout = Layout.grid(side, side, frames=frames_per_video(arguments), modality="video").with_newline()
+        return [layout] * len(features)

@@ -33,7 +33,7 @@ def items_of(features: Any) -> list[Tensor]:
     pooled = getattr(features, "pooler_output", features)
     if isinstance(pooled, Tensor):
         return [pooled] if pooled.ndim == 2 else list(pooled.flatten(0, -3))
-    return list(pooled)
+    return [item.flatten(0, -2) for item in pooled]
 
 
 def tag(output: Any, layouts: list[Layout]) -> None:

@@ -60,10 +60,11 @@ class Recorder:
         if self._begin is None:
             self._steps += 1
 
-    def end_call(self, *, prefill: bool) -> None:
-        """End a forward pass of the outer model."""
+    def end_call(self, *, prefill: bool, cache: Any) -> None:
+        """End a forward pass of the outer model, which left this cache behind."""
         if prefill and self._begin is not None:
             self._prefill = (self._begin, self.watch.mark())
+            self._kv_bytes = _cache_bytes(cache)
             self._begin = None
         elif self._prefill is not None:
             self._last_step = self.watch.mark()
@@ -83,7 +84,6 @@ class Recorder:
     def _finish(self, inner: Inner) -> None:
         self._selection = inner.selection_marks
         self._levels = [inner.level_at(layer) for layer in range(self.adapter.shape.layers)]
-        self._kv_bytes = _cache_bytes(inner.cache)
         # Only what the report needs: no cache, features or gathered tables are held on to.
         self._inner = Inner(inner.length, {}, segments=inner.segments)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from mmfast.measure import compare
+from mmfast.measure import agreement, in_turn, setting_of
 from mmfast.plan import Plan, PlanLike
 from mmfast.report import Comparison, Report
 
@@ -95,7 +95,17 @@ class Accelerated:
         """
         if self._binding is None:
             raise ValueError("the plan has been removed from this model; call accelerate() again to measure it")
-        self._comparison = compare(self.model, self.suspended, inputs, max_new_tokens=max_new_tokens, repeats=repeats)
+        runs = in_turn(
+            self.model,
+            {"baseline": self.suspended, "accelerated": nullcontext},
+            inputs,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+        )
+        (baseline, plain), (accelerated, pruned) = runs["baseline"], runs["accelerated"]
+        self._comparison = Comparison(
+            baseline, accelerated, repeats, setting_of(self.model, inputs), agreement(plain, pruned)
+        )
         return self._comparison
 
     @contextmanager

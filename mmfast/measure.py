@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmfast.report import Comparison, Stopwatch, Timing
+from mmfast.report import Stopwatch, Timing
 
 
 class _FirstToken:
@@ -61,22 +61,27 @@ def timed_generate(model: nn.Module, inputs: Mapping[str, Any], max_new_tokens: 
     return Timing(first, max(0.0, total - first) / steps, total, int(new.shape[1])), new
 
 
-def compare(
+def in_turn(
     model: nn.Module,
-    suspended: Callable[[], AbstractContextManager[nn.Module]],
+    sides: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     inputs: Mapping[str, Any],
     *,
     max_new_tokens: int,
     repeats: int,
-) -> Comparison:
-    """Run the untouched and the accelerated model in turn and compare medians.
+    after_run: Callable[[str], None] | None = None,
+) -> dict[str, tuple[Timing, Tensor]]:
+    """Generate under several settings in turn, after one warm-up of each.
 
     Args:
-        model: the accelerated model.
-        suspended: gives the untouched model for a while.
+        model: a model with ``generate``.
+        sides: name -> what to enter around each run.
         inputs: what the processor returned.
         max_new_tokens: tokens to generate.
-        repeats: counted runs of each, after one warm-up.
+        repeats: counted runs of each.
+        after_run: called with the name after every run, inside its context; for progress.
+
+    Returns:
+        Per name the run of median total: its times, and the new tokens, int64 ``[B, T]``.
 
     Raises:
         ValueError: if ``repeats`` or ``max_new_tokens`` is below 1.
@@ -84,25 +89,17 @@ def compare(
     for name, value in (("repeats", repeats), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    runs: dict[str, list[tuple[Timing, Tensor]]] = {"baseline": [], "accelerated": []}
+    runs: dict[str, list[tuple[Timing, Tensor]]] = {name: [] for name in sides}
     with torch.inference_mode():
         for turn in range(repeats + 1):
-            for side, context in (("baseline", suspended()), ("accelerated", nullcontext(model))):
-                with context:
+            for name, enter in sides.items():
+                with enter():
                     run = timed_generate(model, inputs, max_new_tokens)
+                    if after_run is not None:
+                        after_run(name)
                 if turn:
-                    runs[side].append(run)
-    middle = {
-        side: sorted((timing for timing, _ in done), key=lambda timing: timing.total)[repeats // 2]
-        for side, done in runs.items()
-    }
-    return Comparison(
-        middle["baseline"],
-        middle["accelerated"],
-        repeats,
-        setting_of(model, inputs),
-        agreement(runs["baseline"][0][1], runs["accelerated"][0][1]),
-    )
+                    runs[name].append(run)
+    return {name: sorted(done, key=lambda run: run[0].total)[repeats // 2] for name, done in runs.items()}
 
 
 def agreement(first: Tensor, second: Tensor) -> float:

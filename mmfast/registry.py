@@ -94,7 +94,7 @@ def register(
             name=name,
             stage=stage,
             kind=kind,
-            summary=(method.__doc__ or "").strip().split("\n")[0],
+            summary=(method.__doc__ or "").strip().split("\n")[0].replace("``", ""),
             paper=paper,
             source=source,
             training_free=training_free,

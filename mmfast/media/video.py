@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmfast.media.errors import MediaError
 from mmfast.media.readers import READERS, Clip, ClipInfo
-from mmfast.media.readers.base import Pixels
+from mmfast.media.readers.base import Pixels, shortened
 from mmfast.media.sampling import check_indices, check_numbers, choose_frames, choose_sampler
 from mmfast.media.sniff import VIDEOS, check_file, folder_images
 from mmfast.media.stills import check_array, open_npy, open_stills
@@ -156,7 +156,7 @@ def read_video(
     else:
         video = read(reader)
     if indices is not None and (beyond := [index for index in wanted if index >= video.total_frames]):
-        extra += (f"the last frame is {video.total_frames - 1}; it stands for {_short(beyond)}",)
+        extra += (f"the last frame is {video.total_frames - 1}; it stands for {shortened(beyond)}",)
     if num_frames is not None and len(video) < num_frames:
         extra += (f"num_frames={num_frames}, but there are only {video.total_frames} frames",)
     return replace(video, warnings=video.warnings + extra)
@@ -272,8 +272,3 @@ def _check_memory(info: ClipInfo, count: int, height: int, width: int, max_memor
             f"{info.name}: {count} frames of {width}x{height} pixels take {needed} bytes, more than "
             f"max_memory={max_memory}; ask for fewer frames or a smaller size (size=448)"
         )
-
-
-def _short(indices: Sequence[int]) -> str:
-    shown = ", ".join(str(index) for index in indices[:5])
-    return shown if len(indices) <= 5 else f"{shown} and {len(indices) - 5} more"

@@ -323,17 +323,34 @@ class LayerDropper(Method):
     def choose(self, tokens: LayerTokens, kept: int, event: LayerEvent) -> Tensor:
         """Return the ``kept`` indices into ``candidates`` that survive, ascending int64."""
 
+    def drops(self, event: LayerEvent, media_totals: Sequence[int]) -> bool:
+        """Say whether an event takes anything from a prompt, given its visual tokens per image or video.
+
+        Example:
+            >>> from mmfast.registry import get
+            >>> method = get("fastv").method(keep=9)
+            >>> [method.drops(method.events(4)[0], totals) for totals in ((16,), (9,), ())]
+            [True, False, False]
+        """
+        if self.scope == "per_image":
+            return any(self.keep_count(event, total) < total for total in media_totals)
+        return self._shared_count(event, media_totals) < sum(media_totals)
+
     def __call__(self, tokens: LayerTokens, event: LayerEvent) -> Tensor | None:
         """Return the surviving positions in ``hidden`` among the candidates; None drops nothing."""
-        media = len(tokens.media_totals)
-        if self.scope == "per_image" and media > 1:
+        if self.scope == "per_image" and len(tokens.media_totals) > 1:
             return self._per_image(tokens, event)
-        # A count is a count per image: several images share the sum of their counts.
-        keep = event.keep * media if isinstance(event.keep, int) else event.keep
-        kept = self.keep_count(replace(event, keep=keep), tokens.total)
+        kept = self._shared_count(event, tokens.media_totals)
         if kept >= tokens.candidates.numel():
             return None
         return tokens.candidates[self.choose(tokens, kept, event)]
+
+    def _shared_count(self, event: LayerEvent, media_totals: Sequence[int]) -> int:
+        """A count is a count per image: several images share the sum of their counts."""
+        if not sum(media_totals):
+            return 0
+        keep = event.keep * len(media_totals) if isinstance(event.keep, int) else event.keep
+        return self.keep_count(replace(event, keep=keep), sum(media_totals))
 
     def _per_image(self, tokens: LayerTokens, event: LayerEvent) -> Tensor | None:
         parts, dropped, before = [], False, 0

@@ -103,3 +103,14 @@ def resized(frame: Pixels, height: int, width: int) -> Pixels:
         return frame
     image = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def shortened(numbers: Sequence[int]) -> str:
+    """Write frame numbers into a message, the first five of them.
+
+    Example:
+        >>> shortened([3, 4]), shortened(range(8))
+        ('3, 4', '0, 1, 2, 3, 4 and 3 more')
+    """
+    shown = ", ".join(str(number) for number in numbers[:5])
+    return shown if len(numbers) <= 5 else f"{shown} and {len(numbers) - 5} more"

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmfast.media.errors import MediaError
 from mmfast.media.image import check_shape
-from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels, resized
+from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels, resized, shortened
 from mmfast.media.sniff import VIDEOS
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PyavClip:
         """Decode up to the last wanted frame; only wanted frames are converted, resized and kept."""
         frames = np.empty((len(indices), height, width, 3), np.uint8)
         times: list[float] = []
-        warnings: tuple[str, ...] = ()
+        doubtful: list[int] = []
         count, start = 0, None
         with _opened(self.path, self.max_pixels) as container:
             decoding = _Decoding(container, _video_stream(container, self.path, self.max_pixels))
@@ -83,17 +83,24 @@ class PyavClip:
                 if count == indices[len(times)]:
                     check_shape(str(self.path), frame.width, frame.height, self.max_pixels)
                     frames[len(times)] = resized(_upright(frame), height, width)
-                    known = has_times and frame.time is not None and start is not None
-                    times.append(frame.time - start if known else count / self.info.fps)
+                    time = count / self.info.fps
+                    if has_times and frame.time is not None and start is not None:
+                        since = frame.time - start
+                        # The clock jumps back where recordings were joined.
+                        time = since if not times or since > times[-1] else time
+                    times.append(time)
                     if frame.is_corrupt:
-                        warnings += (f"frame {count} was decoded from damaged data",)
+                        doubtful.append(count)
                 count += 1
                 if len(times) == len(indices):
                     count = self.info.total_frames
                     break
+        warnings = []
         if decoding.damaged and not self.info.warnings:
-            warnings += (f"{self.path}: {decoding.damaged} damaged parts were left out before the last frame",)
-        return Decoded(frames[: len(times)], tuple(times), count, warnings)
+            warnings.append(f"{self.path}: {decoding.damaged} damaged parts: frames may be missing or wrong there")
+        if doubtful:
+            warnings.append(f"{self.path}: decoded from damaged data: frames {shortened(doubtful)}")
+        return Decoded(frames[: len(times)], tuple(times), count, tuple(warnings))
 
 
 def inspect(path: Path, max_pixels: int) -> tuple[str, str]:
@@ -157,7 +164,7 @@ def _video_stream(container: InputContainer, path: Path, max_pixels: int) -> Vid
         codec.options = {"max_pixels": str(2 * max_pixels)}
         stream.thread_type = "AUTO"
         return stream
-    kinds = sorted({stream.type for stream in container.streams})
+    kinds = sorted({stream.type.replace("video", "a cover picture") for stream in container.streams})
     what = f"only {' and '.join(kinds)}" if kinds else "no stream at all: empty, or cut off before its index"
     raise MediaError(f"{path}: {what}; give a file with a video stream")
 
@@ -215,9 +222,11 @@ class _Decoding:
                 self.damaged += 1
                 return
             if packet.is_corrupt:
-                # The last packet of a file that was cut off: half of its picture would be grey.
                 self.damaged += 1
-                continue
+                # Elsewhere it is the last packet of a file that was cut off: half of its picture would be grey.
+                # In transport streams a number is missing somewhere, and the picture is mostly whole.
+                if container.format.name != "mpegts":
+                    continue
             if packet.size:
                 self._note(packet)
             yield packet
@@ -254,7 +263,7 @@ def _survey(path: Path, max_pixels: int) -> ClipInfo:
     if total < promised and (decoding.damaged or not decoding.hidden):
         warnings.append(f"{path}: {what} promises {promised} frames, {total} can be decoded: cut off or damaged")
     elif decoding.damaged:
-        warnings.append(f"{path}: {what} has {decoding.damaged} damaged parts that were left out")
+        warnings.append(f"{path}: {what} has {decoding.damaged} damaged parts: frames may be missing or wrong there")
     if rate is None:
         warnings.append(f"{path}: no frame rate in the file; {FALLBACK_FPS:g} per second assumed")
     return ClipInfo(str(path), total, rate or FALLBACK_FPS, height, width, tuple(warnings))

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mmfast.media.errors import MediaError
 from mmfast.media.readers.base import ClipInfo, Decoded, resized
 from mmfast.media.readers.pyav import inspect
+
+# Measured with release 0.13: frames of H.264 in AVI are off by two without a word, transport streams fail.
+_WRONG = {"avi", "mpegts"}
 
 
 def open_with_torchcodec(path: Path, *, max_pixels: int, timeout: float = 0.0) -> TorchcodecClip:
@@ -24,13 +28,16 @@ def open_with_torchcodec(path: Path, *, max_pixels: int, timeout: float = 0.0) -
         timeout: not used.
 
     Raises:
-        MediaError: if there is no video stream or frames are too large.
+        MediaError: if there is no video stream, frames are too large, or torchcodec is known to return wrong
+            frames for the container.
         Exception: whatever torchcodec raises, ImportError included.
     """
     from torchcodec.decoders import VideoDecoder
 
     # Sizes are checked by the header before torchcodec decodes anything.
-    inspect(path, max_pixels)
+    _, container = inspect(path, max_pixels)
+    if container in _WRONG:
+        raise MediaError(f"{path}: torchcodec returns wrong frames for {container}")
     # "approximate" guesses frames from times and is wrong for open GOPs and variable rates.
     decoder = VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")
     height, width = decoder.get_frame_at(0).data.shape[:2]
