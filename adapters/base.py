@@ -52,7 +52,7 @@ class Adapter:
 
     Attributes:
         model_types: the ``config.model_type`` values served (set by :func:`family`).
-        can_compact: positions may be renumbered; not so with multi-dimensional RoPE or sliding windows.
+        can_compact: positions may be renumbered; not so with multi-dimensional RoPE. See also ``slides``.
         masks_before_decoder: the family builds 4-D masks before it calls its decoder.
         no_layer_drops: why tokens cannot be dropped between layers; empty where they can.
         signals: names of the signals the family can give to methods before the LLM.
@@ -115,6 +115,15 @@ class Adapter:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         )
+
+    @property
+    def slides(self) -> bool:
+        """Whether some layers look through a sliding window, which counts original positions."""
+        config = self.text_config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            return "sliding_attention" in kinds
+        return getattr(config, "sliding_window", None) is not None
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """Return the attention module of a decoder layer."""

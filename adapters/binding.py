@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
-from mmfast.adapters.cache import adopt, is_logical, refuse_unsupported
-from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions
+from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_unsupported
+from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
@@ -32,10 +32,10 @@ from mmfast.adapters.media import (
     tagged,
 )
 from mmfast.adapters.recorder import Recorder
+from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.plan import Plan
 from mmfast.report import Report
-from mmfast.token_pruning.base import BeforeLLM, LayerDropper, Merger
-from mmfast.tokens import Keep, VisualTokens
+from mmfast.token_pruning.base import BeforeLLM, LayerDropper
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
 _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
@@ -114,7 +114,7 @@ class Binding:
                     f"method {method.name!r} needs {', '.join(missing)}, which models of type "
                     f"{self.adapter.model.config.model_type!r} cannot give"
                 )
-            if getattr(method, "positions", None) == "compact" and not self.adapter.can_compact:
+            if getattr(method, "positions", None) == "compact" and not self._can_compact:
                 raise ValueError(
                     f"method {method.name!r}: positions='compact' is not possible for model type "
                     f"{self.adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
@@ -127,10 +127,20 @@ class Binding:
                 f"{implementation!r}, whose masks cannot be gathered; load the model with "
                 "attn_implementation='sdpa', 'eager' or a flash implementation"
             )
+        if "flash" in implementation and self.adapter.slides:
+            raise ValueError(
+                f"attention implementation {implementation!r} measures sliding windows by what is stored, not by "
+                "original positions, so tokens cannot be dropped; load the model with attn_implementation='sdpa' or "
+                "'eager'"
+            )
         if self.dropper is not None and self.adapter.no_layer_drops:
             raise ValueError(
                 f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
             )
+
+    @property
+    def _can_compact(self) -> bool:
+        return self.adapter.can_compact and not self.adapter.slides
 
     def _attach(self) -> None:
         model, base, decoder = self.adapter.model, self.adapter.base, self.adapter.decoder
@@ -218,7 +228,7 @@ class Binding:
         tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
         batch, query = tokens.shape[:2]
         new = None if outer.attention_mask is None else outer.attention_mask[:, -query:].bool()
-        return decoder_mask(_reference(cache), batch, query, new, tokens.device).long()
+        return decoder_mask(reference_layer(cache), batch, query, new, tokens.device).long()
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.outer is not None:
@@ -261,8 +271,8 @@ class Binding:
                 )
             inner.segments = segments(visual, outer.layouts)
             if self.before is not None:
-                keep, embeddings, changed = self._reduce(self.before, inner, embeds, valid)
-            self._number(inner, keep, length)
+                keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid)
+            number_candidates(inner, keep)
             if self.dropper is not None and length > 1:
                 inner.events = {
                     layer: event
@@ -302,53 +312,6 @@ class Binding:
             return torch.ones(batch, length, dtype=torch.bool, device=device)
         return outer.attention_mask[:, -length:].to(device).bool()
 
-    def _reduce(self, method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Ask the method about each image and video."""
-        keep, embeddings, changed = valid.clone(), embeds, False
-        for row, parts in enumerate(inner.segments):
-            signals = self._signals(method, embeds, valid, inner, row)
-            for index, part in enumerate(parts):
-                slots = part.slots.to(embeds.device)
-                merging = isinstance(method, Merger)
-                features = embeds[row, slots] if merging else embeds[row, slots].detach()
-                with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
-                    decision = method(VisualTokens(features, part.layout, index, signals))
-                if decision is None:
-                    continue
-                changed = True
-                keep[row, slots] = False
-                keep[row, slots[decision.indices]] = True
-                if decision.features is not None:
-                    embeddings = _overwrite(embeddings, row, slots, decision)
-        return keep, embeddings, changed
-
-    @staticmethod
-    def _signals(method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int) -> dict[str, Tensor]:
-        if "text_embeds" not in method.needs:
-            return {}
-        text = valid[row].clone()
-        for part in inner.segments[row]:
-            text[part.slots.to(text.device)] = False
-        return {"text_embeds": embeds[row, text].detach()}
-
-    def _number(self, inner: Inner, keep: Tensor, length: int) -> None:
-        """Number the tokens that layers may drop; newline tokens are none of them."""
-        batch = keep.shape[0]
-        inner.candidate = torch.zeros(batch, length, dtype=torch.bool)
-        inner.number = torch.zeros(batch, length, dtype=torch.int64)
-        inner.media = torch.zeros(batch, length, dtype=torch.int64)
-        entering = keep.cpu()
-        for row, parts in enumerate(inner.segments):
-            totals: list[int] = []
-            for index, part in enumerate(parts):
-                slots = part.slots.cpu()
-                slots = slots[entering[row, slots] & ~part.layout.is_newline]
-                inner.candidate[row, slots] = True
-                inner.media[row, slots] = index
-                inner.number[row, slots] = torch.arange(slots.numel()) + sum(totals)
-                totals.append(int(slots.numel()))
-            inner.media_totals.append(tuple(totals))
-
     def _enter(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
         """Hand the decoder the shortened call."""
         level = inner.levels[0]
@@ -363,11 +326,12 @@ class Binding:
         self._take_cache(inner, kwargs, outer)
         if inner.cache is None and inner.events:
             inner.prompt_end = self._prompt_end(outer)
-        reference = _reference(inner.cache) if inner.cache is not None else None
+        reference = reference_layer(inner.cache) if inner.cache is not None else None
         inner.base_shift = reference.shift if reference is not None else None
         positions = self._positions(inner, kwargs, embeds)
         mask = kwargs.get("attention_mask")
-        prepared = self.adapter.masks_before_decoder or (isinstance(mask, Tensor) and mask.ndim == 4)
+        # Without padding, and for flash attention, families that make masks may still pass none or a 2-D one.
+        prepared = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)
         if kwargs.get("visual_pos_masks") is not None:
             # The decoder would add them by their places in the full prompt; the layer hooks do it instead.
             inner.deepstack = list(kwargs["deepstack_visual_embeds"])
@@ -427,7 +391,7 @@ class Binding:
             return positions
         gathered = gather_positions(positions, level.slots)
         wanted = None if self.before is None else self.before.positions
-        compact = wanted == "compact" or (wanted is None and self.adapter.can_compact)
+        compact = wanted == "compact" or (wanted is None and self._can_compact)
         if not compact or gathered.ndim != 2:
             return gathered
         valid = self._valid(self.outer or Outer(), embeds.shape[0], embeds.shape[1], embeds.device)
@@ -435,7 +399,7 @@ class Binding:
         renumbered = compact_positions(gathered, level.real, first)
         self.layers.add_shift(inner, gathered[:, -1] - renumbered[:, -1])
         if inner.cache is not None:
-            inner.base_shift = _reference(inner.cache).shift
+            inner.base_shift = reference_layer(inner.cache).shift
         return renumbered
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -449,7 +413,7 @@ class Binding:
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:
             return None
-        return _stretched(output, inner, self.adapter.shape.layers)
+        return stretched(output, inner, self.adapter.shape.layers)
 
 
 def active_on(model: nn.Module) -> Binding | None:
@@ -470,41 +434,3 @@ def _one(plan: Plan, stage: str, kind: type) -> Any:
                 f"method {method.name!r} at stage {stage!r} must be a {kind.__name__}, got {type(method).__name__}"
             )
     return found[0] if found else None
-
-
-def _reference(cache: Any) -> Any:
-    """Return the cache layer after which transformers sizes its masks: the first that is not sliding."""
-    return next((layer for layer in cache.layers if not layer.is_sliding), cache.layers[0])
-
-
-def _overwrite(embeddings: Tensor, row: int, slots: Tensor, decision: Keep) -> Tensor:
-    """Put merged features into the slots that stay; rows of NaN mark slots left as they are."""
-    features = decision.features
-    if features is None:
-        return embeddings
-    merged = ~features[:, 0].isnan()
-    places = slots[decision.indices[merged]]
-    rows = torch.full_like(places, row)
-    return embeddings.index_put((rows, places), features[merged].to(embeddings.dtype))
-
-
-def _stretched(output: Any, inner: Inner, depth: int) -> Any:
-    """Give the decoder's output the length of the prompt again."""
-    last = inner.level_at(depth - 1)
-    if isinstance(output, tuple):
-        return (last.stretch(output[0], inner.length), *output[1:])
-    output.last_hidden_state = last.stretch(output.last_hidden_state, inner.length)
-    hidden = getattr(output, "hidden_states", None)
-    if hidden is not None:
-        levels = [inner.level_at(layer) for layer in range(depth)] + [last]
-        output.hidden_states = tuple(
-            _by_length(states, level, inner) for states, level in zip(hidden, levels, strict=True)
-        )
-    return output
-
-
-def _by_length(states: Tensor, level: Level, inner: Inner) -> Tensor:
-    """Stretch one layer's states; the input of an event layer still has the level before."""
-    if states.shape[1] != level.length:
-        level = next(other for other in inner.levels.values() if other.length == states.shape[1])
-    return states if level.whole else level.stretch(states, inner.length)

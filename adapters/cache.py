@@ -142,3 +142,8 @@ def _replacement(layer: Any, past_valid: Tensor | None) -> LogicalLayer:
     if past_valid is not None:
         fresh.valid = past_valid[:, -stored:].to(device)
     return fresh
+
+
+def reference_layer(cache: Any) -> Any:
+    """Return the layer after which transformers sizes its masks and counts positions: the first not sliding."""
+    return next((layer for layer in cache.layers if not layer.is_sliding), cache.layers[0])

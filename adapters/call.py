@@ -186,3 +186,25 @@ def compact_positions(positions: Tensor, real: Tensor | None, first: Tensor) -> 
     """
     present = torch.ones_like(positions) if real is None else real.to(positions.dtype)
     return (present.cumsum(dim=1) - 1).clamp_min(0) + first[:, None]
+
+
+def stretched(output: Any, inner: Inner, depth: int) -> Any:
+    """Give the decoder's output the length of the prompt again."""
+    last = inner.level_at(depth - 1)
+    if isinstance(output, tuple):
+        return (last.stretch(output[0], inner.length), *output[1:])
+    output.last_hidden_state = last.stretch(output.last_hidden_state, inner.length)
+    hidden = getattr(output, "hidden_states", None)
+    if hidden is not None:
+        levels = [inner.level_at(layer) for layer in range(depth)] + [last]
+        output.hidden_states = tuple(
+            _by_length(states, level, inner) for states, level in zip(hidden, levels, strict=True)
+        )
+    return output
+
+
+def _by_length(states: Tensor, level: Level, inner: Inner) -> Tensor:
+    """Stretch one layer's states; the input of an event layer still has the level before."""
+    if states.shape[1] != level.length:
+        level = next(other for other in inner.levels.values() if other.length == states.shape[1])
+    return states if level.whole else level.stretch(states, inner.length)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available, is_torch_available
 
 
@@ -13,11 +15,7 @@ def importable(model_type: str) -> str:
         >>> importable("llava")
         'works'
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
-
-    import transformers
-
-    name = NAMES.get(model_type)
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
     if name is None:
         return "unknown to this transformers; install a newer one"
     try:

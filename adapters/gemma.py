@@ -21,7 +21,6 @@ class Gemma3(Adapter):
     """Square grids; most layers look through a sliding window measured in original positions."""
 
     masks_before_decoder = True
-    can_compact = False
 
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sliding and full layers have tables of their own."""

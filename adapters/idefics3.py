@@ -18,4 +18,6 @@ class Idefics3(Adapter):
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Tell the tiles apart: some releases return the tiles of a whole prompt as one item."""
         tile = self.base.image_seq_len
-        return super().layouts(modality, arguments, [part for item in features for part in item.split(tile) if len(part)])
+        return super().layouts(
+            modality, arguments, [part for item in features for part in item.split(tile) if len(part)]
+        )

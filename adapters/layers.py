@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmfast.adapters.attention import Capture, CaptureDone, tap_name, unwatch, watch
 from mmfast.adapters.base import Adapter
+from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, compact_positions
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import gather_positions, gather_rows, layer_mask
@@ -91,7 +92,7 @@ class LayerRunner:
         if inner.cache is None:
             return affected
         layers = inner.cache.layers
-        reference = _reference(inner)
+        reference = reference_layer(inner.cache)
         unmasked = inner.length == 1 and implementation == "sdpa" and inner.levels[0].real is None
         for index, layer in enumerate(layers):
             if layer.is_sliding or (
@@ -191,7 +192,7 @@ class LayerRunner:
         )
         positions = given.get("position_ids")
         relative = None
-        if cached is not None and inner.seen and not _counts_alike(cached, _reference(inner)):
+        if cached is not None and inner.seen and not _counts_alike(cached, reference_layer(inner.cache)):
             relative = cached.shift - (0 if inner.base_shift is None else inner.base_shift.to(cached.shift.device))
         if entry is None and relative is None:
             self._hide_gaps(new, level)
@@ -425,12 +426,6 @@ def _moved(positions: Tensor, entry: Tensor | None, level: Level, relative: Tens
         return level.positions
     moved = positions if entry is None else gather_positions(positions, entry.to(positions.device))
     return moved if relative is None else moved - relative.to(moved.device)[:, None]
-
-
-def _reference(inner: Inner) -> Any:
-    """Return the cache layer after which the decoder sizes masks and counts positions."""
-    layers = inner.cache.layers
-    return next((layer for layer in layers if not layer.is_sliding), layers[0])
 
 
 def _counts_alike(layer: Any, reference: Any) -> bool:

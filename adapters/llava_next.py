@@ -52,9 +52,7 @@ class LlavaNext(Adapter):
             own["vision_feature_select_strategy"] = "full"
         if "vision_aspect_ratio" in accepted:
             # OneVision shrinks large images to the number of tiles that this names.
-            own["vision_aspect_ratio"] = (
-                arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
-            )
+            own["vision_aspect_ratio"] = arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         packed: Tensor = pack(**own)[0][0]
         return packed
 

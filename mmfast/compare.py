@@ -69,8 +69,7 @@ class PlanComparison:
         """Say of each plan, plainly, whether it paid."""
         full = self.runs[0]
         return [
-            f"{run.plan}: "
-            + Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement).verdict()
+            f"{run.plan}: " + Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement).verdict()
             for run in self.runs[1:]
         ]
 

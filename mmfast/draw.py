@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from PIL import Image, ImageDraw
 
@@ -66,36 +64,6 @@ def overlay(image: Image.Image, record: MediaRecord, frame: int = 0, width: int 
         elif record.left < record.tokens:
             pen.rectangle(box, outline=_EDGE)
     return Image.alpha_composite(canvas, shade).convert("RGB")
-
-
-def contact_sheet(pictures: Sequence[Image.Image], columns: int = 4, gap: int = 6) -> Image.Image:
-    """Lay pictures of one size out in rows.
-
-    Args:
-        pictures: at least one picture.
-        columns: pictures per row at most.
-        gap: pixels between them.
-
-    Returns:
-        A new RGB image.
-
-    Raises:
-        ValueError: if there is no picture.
-
-    Example:
-        >>> contact_sheet([Image.new("RGB", (10, 10))] * 3, columns=2, gap=2).size
-        (22, 22)
-    """
-    if not pictures:
-        raise ValueError("pictures must hold at least one picture")
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    width = max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (128, 128, 128))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
-    return sheet
 
 
 def _flags(indices: torch.Tensor, total: int) -> list[bool]:

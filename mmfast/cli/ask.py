@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> int:
     inputs = common.build_inputs(processor, model, options.question, media)
     streamer = None if options.json else _Stream(processor)
     with mmfast.accelerate(model, plan) as fast, torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer
-        )
+        output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
     report = fast.report()
     answer = common.answer_text(processor, output[0, inputs["input_ids"].shape[1] :])
     if options.json:

@@ -62,19 +62,22 @@ def read_media(paths: Sequence[str], frames: int) -> Media:
     """
     if frames < 1:
         raise ValueError(f"--frames={frames} must be at least 1")
-    images, clips, notes, rate = [], [], [], 1.0
+    images: list[Image.Image] = []
+    clips: list[list[Image.Image]] = []
+    warnings: list[str] = []
+    rate = 1.0
     for path in paths:
         if kind_of(path) == "image":
             images.append(load_image(path))
             continue
         video = read_video(path, num_frames=frames)
         clips.append([Image.fromarray(frame) for frame in video.frames])
-        notes.extend(video.warnings)
+        warnings.extend(video.warnings)
         if video.duration > 0:
             rate = len(video.frames) / video.duration
     if len(clips) > 1:
         raise ValueError(f"{len(clips)} videos were given; one prompt takes one video (and any number of images)")
-    return Media(images, clips, rate, notes)
+    return Media(images, clips, rate, warnings)
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,18 @@ import mmfast
 from mmfast.adapters import attention_backends, families, importable
 from mmfast.cli import common
 
-_PACKAGES = ("torch", "transformers", "triton", "einops", "numpy", "pillow", "av", "decord", "torchcodec", "torchvision")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "einops",
+    "numpy",
+    "pillow",
+    "av",
+    "decord",
+    "torchcodec",
+    "torchvision",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +84,7 @@ def _versions() -> dict[str, str]:
 def _torchvision_state() -> str:
     """A torchvision built for another torch imports nowhere, and takes every vision model with it."""
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except Exception as error:
         return (
             f" - BROKEN ({' '.join(str(error).split())[:90]}): every vision model fails to import. Uninstall it, or "
@@ -88,7 +100,9 @@ def _devices() -> dict[str, str]:
             properties: Any = torch.cuda.get_device_properties(index)
             found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     else:
-        found["cuda"] = "none: torch sees no CUDA device" + ("" if torch.version.cuda else " (this torch is a CPU build)")
+        found["cuda"] = "none: torch sees no CUDA device" + (
+            "" if torch.version.cuda else " (this torch is a CPU build)"
+        )
     return found
 
 
@@ -103,7 +117,7 @@ def _readers() -> dict[str, str]:
         found["torchcodec"] = "not installed (optional): pip install torchcodec, the release that fits this torch"
         return found
     try:
-        import torchcodec  # noqa: F401
+        import_module("torchcodec")
     except Exception as error:
         found["torchcodec"] = f"installed but does not load ({' '.join(str(error).split())[:90]}); pyav is used instead"
     else:

@@ -26,9 +26,9 @@ code { font-family: ui-monospace, monospace; font-size: .95em; }
 .soft { color: var(--soft); margin: .15rem 0; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: normal; min-width: 7rem; }
-th { color: var(--soft); font-weight: 600; font-size: .85rem; }
+th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: normal; min-width: 6rem; }
+th { color: var(--soft); font-weight: 600; font-size: .8rem; white-space: normal; vertical-align: bottom; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .5rem; margin: .6rem 0; }
 .pictures img { width: 100%; display: block; border-radius: 4px; }
 svg { width: 100%; height: 4.5rem; display: block; } svg .rest { fill: var(--rest); } svg .bar { fill: var(--bar); }
@@ -63,11 +63,9 @@ def page(
 
     header, *body = rows(result, list(answers))
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body
-    )
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
     verdicts = "".join(
-        f'<p{" class=slow" if "SLOWER" in text else ""}>{html.escape(text)}</p>' for text in result.verdicts()
+        f"<p{' class=slow' if 'SLOWER' in text else ''}>{html.escape(text)}</p>" for text in result.verdicts()
     )
     note = f"<p class=soft>{html.escape(demo_note)}</p>" if demo_note else ""
     sections = "".join(_section(run, answer, pictures) for run, answer in zip(result.runs, answers, strict=True))

@@ -23,7 +23,7 @@ ROOMS = {
     "kv": ("mmfast.kv",),
     "speculative": ("mmfast.speculative",),
     "plan": ("mmfast.plan",),
-    "accelerate": ("mmfast.accelerated", "mmfast.measure"),
+    "accelerate": ("mmfast.accelerated", "mmfast.compare", "mmfast.draw", "mmfast.measure"),
     "zoo": ("mmfast.zoo",),
     "training": ("mmfast.training",),
     "cli": ("mmfast.cli",),
@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
 DOORS = {
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_pretrained"},
-    ("cli", "adapters"): {"load_pretrained", "prepare"},
+    ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }
 
 # Package -> the rooms it may be seen in.

@@ -82,7 +82,7 @@ class PyavClip:
                 start = frame.time if start is None else start
                 if count == indices[len(times)]:
                     check_shape(str(self.path), frame.width, frame.height, self.max_pixels)
-                    frames[len(times)] = resized(_upright(frame), height, width)
+                    frames[len(times)] = resized(_upright(frame, self.path), height, width)
                     time = count / self.info.fps
                     if has_times and frame.time is not None and start is not None:
                         since = frame.time - start
@@ -199,7 +199,9 @@ class _Decoding:
                 self.damaged += 1
         # Only does something when demuxing broke off: after a proper end the last, empty packet did the same.
         try:
-            yield from self._stream.codec_context.decode(None)
+            for frame in self._stream.codec_context.decode(None):
+                frame.time_base = self._stream.time_base
+                yield frame
         except av.error.FFmpegError:
             return
 
@@ -252,7 +254,7 @@ def _survey(path: Path, max_pixels: int) -> ClipInfo:
                 f"{path}: {what} of which no frame can be decoded: damaged, or larger than "
                 f"max_pixels={max_pixels}; give another file or raise max_pixels"
             )
-        height, width = _upright(first).shape[:2]
+        height, width = _upright(first, path).shape[:2]
         decoding.skip_to_end()
         promised, codec, rate = stream.frames, stream.codec_context.name, _rate(stream)
     total = decoding.packets - decoding.hidden
@@ -283,7 +285,15 @@ def _rate(stream: VideoStream) -> float | None:
     return None
 
 
-def _upright(frame: VideoFrame) -> Pixels:
+def _upright(frame: VideoFrame, path: Path) -> Pixels:
     """Convert to RGB and turn as the file's display matrix says; ``rotation`` counts counter-clockwise."""
-    pixels = frame.to_ndarray(format="rgb24")
+    import av
+
+    try:
+        pixels = frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, ValueError) as error:
+        raise MediaError(
+            f"{path}: frames of this colour space ({frame.format.name}) cannot be converted to RGB ({error}); "
+            "save it as BT.709"
+        ) from error
     return np.rot90(pixels, round(frame.rotation / 90) % 4)

@@ -1,0 +1,1 @@
+"""Tiny random models of every family, prompts for them, and an independent reference."""
