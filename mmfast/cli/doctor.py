@@ -17,6 +17,7 @@ from rich.table import Table
 import mmfast
 from mmfast.adapters import attention_backends, families, importable
 from mmfast.cli import common
+from mmfast.media.available import reader_states
 
 _PACKAGES = (
     "torch",
@@ -59,7 +60,7 @@ def examine() -> dict[str, dict[str, str]]:
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "readers": _readers(),
+        "readers": reader_states(),
         "kernels": _kernels(),
         "attention": attention_backends(),
         "families": {name: importable(name) for name in families()},
@@ -103,25 +104,6 @@ def _devices() -> dict[str, str]:
         found["cuda"] = "none: torch sees no CUDA device" + (
             "" if torch.version.cuda else " (this torch is a CPU build)"
         )
-    return found
-
-
-def _readers() -> dict[str, str]:
-    found = {"pyav": "works, the default" if find_spec("av") else "missing: pip install av"}
-    found["decord"] = (
-        "installed; used only by name, it returns wrong frames of some files"
-        if find_spec("decord")
-        else "not installed (optional): pip install decord"
-    )
-    if find_spec("torchcodec") is None:
-        found["torchcodec"] = "not installed (optional): pip install torchcodec, the release that fits this torch"
-        return found
-    try:
-        import_module("torchcodec")
-    except Exception as error:
-        found["torchcodec"] = f"installed but does not load ({' '.join(str(error).split())[:90]}); pyav is used instead"
-    else:
-        found["torchcodec"] = "works"
     return found
 
 
