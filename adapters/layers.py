@@ -280,6 +280,10 @@ class LayerRunner:
         with torch.no_grad():
             normed = self.adapter.attention_input(layer, hidden)
         handles = [child.register_forward_hook(_recorder(normed, projected)) for child in module.children()]
+        spared = Ledger()
+        for name, rows in (("q_proj", capture.rows), ("v_proj", None)):
+            if isinstance(getattr(module, name, None), nn.Linear):
+                _spare(module.get_submodule(name), rows, spared)
         try:
             with torch.no_grad():
                 module(hidden_states=normed, **arguments)
@@ -287,6 +291,7 @@ class LayerRunner:
             pass
         finally:
             unwatch(module)
+            spared.undo()
             for handle in handles:
                 handle.remove()
         if not torch.is_grad_enabled():
@@ -361,13 +366,32 @@ def _note(inner: Inner, index: int) -> Announcement:
 
 
 def _recorder(normed: Tensor, into: dict[nn.Module, Tensor]) -> Any:
-    """Note what the projections of an attention module make of its whole input."""
+    """Note what the projections of an attention module make of its whole input, if they see it whole."""
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and args[0] is normed and isinstance(output, Tensor):
+        spared = "forward" in vars(module)
+        if not spared and args and args[0] is normed and isinstance(output, Tensor):
             into[module] = output
 
     return record
+
+
+def _spare(projection: nn.Module, rows: Tensor | None, ledger: Ledger) -> None:
+    """Let a projection work on one row per prompt only, or on none: nothing else of it will be looked at.
+
+    Reading one row of attention needs the keys of all tokens, the query of one and no values.
+    """
+    whole = projection.forward
+
+    def on_rows(hidden: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        output = hidden.new_zeros(1).expand(batch, length, int(projection.out_features))  # type: ignore[arg-type]
+        if rows is None:
+            return output
+        every = torch.arange(batch, device=hidden.device)
+        return output.index_put((every, rows), whole(hidden[every, rows]))
+
+    ledger.set_attribute(projection, "forward", on_rows)
 
 
 def _replay(inner: Inner, projection: nn.Module, value: Tensor) -> None:
