@@ -88,13 +88,16 @@ def accuracy_text() -> str:
 def speed_text() -> str:
     """Describe speed against FLOPs."""
     result = latest("speed-*.json")
-    rows: list[tuple[str, ...]] = [("plan", "prefill, full", "prefill, plan", "faster", "FLOPs ratio", "selection")]
+    rows: list[tuple[str, ...]] = [
+        ("plan", "prefill, full", "prefill, plan", "faster", "language model alone", "FLOPs ratio", "selection")
+    ]
     rows += [
         (
             f"`{row['plan']}`",
             f"{row['full_ms']:.0f} ms",
             f"{row['plan_ms']:.0f} ms",
             f"{row['speedup']:.2f}x",
+            f"{row['llm_speedup']:.2f}x",
             f"{row['flops_ratio']:.2f}x",
             f"{row['selection_share_of_full_prefill']:.1%}",
         )
@@ -105,7 +108,7 @@ def speed_text() -> str:
     return (
         f"**Prefill** of a random-weight LLaVA ({result['setting']}; {machine['device']}, {machine['threads']} thread, "
         f"torch {machine['torch']}, transformers {machine['transformers']}, {machine['date']}; processor time, median "
-        f"of {result['repeats']} runs in turn with the untouched model, selection included), made by "
+        f"of {result['repeats']} runs in turn with the untouched model, vision and selection included), made by "
         f"`python benchmarks/speed.py`:\n\n{table(rows)}\n\nA plan that drops nothing costs: {overhead}. The last "
         "column is the share of the full prefill that choosing the tokens took."
     )
