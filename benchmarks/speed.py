@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,18 @@ def cost(run: Callable[[], Any], device: torch.device) -> float:
 
 def in_turn(
     plain: Callable[[], Any], other: Callable[[], Any], repeats: int, device: torch.device
-) -> tuple[float, float]:
-    """Run two things in turn; return the median cost of each."""
-    costs: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for run, into in zip((plain, other), costs, strict=True):
-            seconds = cost(run, device)
-            if turn:
-                into.append(seconds)
-    return statistics.median(costs[0]), statistics.median(costs[1])
+) -> list[tuple[float, float]]:
+    """Run two things in turn; return the cost of each, pair by pair.
+
+    Ratios are taken within a pair, so that they hold while the speed of the machine drifts.
+    """
+    pairs = [(cost(plain, device), cost(other, device)) for _ in range(repeats + 1)]
+    return pairs[1:]
+
+
+def middle(values: Iterable[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
 
 
 @torch.inference_mode()
@@ -124,22 +127,24 @@ def prefill_table(model: Any, inputs: dict[str, torch.Tensor], repeats: int) -> 
         def pruned() -> None:
             model(**inputs, logits_to_keep=1)
 
-        full, short = in_turn(untouched, pruned, repeats, model.device)
+        pairs = in_turn(untouched, pruned, repeats, model.device)
         selection = statistics.median(_selection(fast, pruned) for _ in range(repeats))
         report = fast.report()
         fast.remove()
         ideal = report.full_flops / report.flops
+        llm = middle((full - vision) / (short - vision) for full, short in pairs)
+        full_cost = middle(full for full, _ in pairs)
         rows.append(
             {
                 "plan": plan,
-                "full_ms": 1e3 * full,
-                "plan_ms": 1e3 * short,
+                "full_ms": 1e3 * full_cost,
+                "plan_ms": 1e3 * middle(short for _, short in pairs),
                 "vision_ms": 1e3 * vision,
-                "speedup": full / short,
-                "llm_speedup": (full - vision) / (short - vision),
+                "speedup": middle(full / short for full, short in pairs),
+                "llm_speedup": llm,
                 "flops_ratio": ideal,
-                "share_of_flops_ratio": (full - vision) / (short - vision) / ideal,
-                "selection_share_of_full_prefill": selection / full,
+                "share_of_flops_ratio": llm / ideal,
+                "selection_share_of_full_prefill": selection / full_cost,
             }
         )
     return rows
@@ -169,17 +174,9 @@ def overhead_table(model: Any, inputs: dict[str, torch.Tensor], repeats: int) ->
         def armed(call: Any = call) -> None:
             model(**call, logits_to_keep=1)
 
-        plain, idle = in_turn(untouched, armed, repeats, model.device)
+        pairs = in_turn(untouched, armed, repeats, model.device)
         fast.remove()
-        rows.append(
-            {
-                "what": name,
-                "plan": plan,
-                "plain_ms": 1e3 * plain,
-                "armed_ms": 1e3 * idle,
-                "ratio": idle / plain,
-            }
-        )
+        rows.append(_overhead(name, plan, pairs))
     rows.append(_decode_overhead(model, inputs, repeats))
     return rows
 
@@ -194,26 +191,28 @@ def _decode_overhead(model: Any, inputs: dict[str, torch.Tensor], repeats: int) 
         for _ in range(steps):
             model(input_ids=token, past_key_values=cache)
 
-    costs: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for side in (0, 1):
-            if side == 0:
-                with fast.suspended():
-                    cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-                    seconds = cost(lambda cache=cache: decode(cache), model.device)
-            else:
-                cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-                seconds = cost(lambda cache=cache: decode(cache), model.device)
-            if turn:
-                costs[side].append(seconds / steps)
+    def prefilled() -> Any:
+        return model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+    pairs = []
+    for _ in range(repeats + 1):
+        with fast.suspended():
+            cache = prefilled()
+            plain = cost(lambda cache=cache: decode(cache), model.device)
+        cache = prefilled()
+        armed = cost(lambda cache=cache: decode(cache), model.device)
+        pairs.append((plain / steps, armed / steps))
     fast.remove()
-    plain, armed = (statistics.median(values) for values in costs)
+    return _overhead("keep=1.0, one decode step", "divprune(keep=1.0) + pyramiddrop(keep=1.0)", pairs[1:])
+
+
+def _overhead(what: str, plan: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
     return {
-        "what": "keep=1.0, one decode step",
-        "plan": "divprune(keep=1.0) + pyramiddrop(keep=1.0)",
-        "plain_ms": 1e3 * plain,
-        "armed_ms": 1e3 * armed,
-        "ratio": armed / plain,
+        "what": what,
+        "plan": plan,
+        "plain_ms": 1e3 * middle(plain for plain, _ in pairs),
+        "armed_ms": 1e3 * middle(armed for _, armed in pairs),
+        "ratio": middle(armed / plain for plain, armed in pairs),
     }
 
 
@@ -346,7 +345,7 @@ def main() -> int:
         "setting": setting,
         "repeats": options.repeats,
         "prefill": prefill_table(model, inputs, options.repeats),
-        "overhead": overhead_table(model, inputs, 3 * options.repeats),
+        "overhead": overhead_table(model, inputs, 2 * options.repeats),
         "divprune": selection_memory(device),
         "cycles": cycles(model),
     }
