@@ -89,7 +89,9 @@ class Recorder:
 
     def report(self) -> Report:
         """Build the report."""
-        report = Report(self.plan.to_text(), type(self.adapter.model).__name__, self.adapter.shape)
+        report = Report(
+            self.plan.to_text(), type(self.adapter.model).__name__, self.adapter.shape, device=self.device.type
+        )
         if self._inner is None or not self._levels:
             report.note = "no prompt with images or videos has been run yet"
             return report

@@ -66,11 +66,13 @@ class PlanComparison:
     repeats: int
 
     def verdicts(self) -> list[str]:
-        """Say of each plan, plainly, whether it paid."""
+        """Say of each plan, plainly, whether it paid; the setting is told by :attr:`setting`."""
         full = self.runs[0]
+        pairs = [
+            Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement) for run in self.runs[1:]
+        ]
         return [
-            f"{run.plan}: " + Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement).verdict()
-            for run in self.runs[1:]
+            f"{run.plan}: {pair.verdict(with_setting=False)}" for run, pair in zip(self.runs[1:], pairs, strict=True)
         ]
 
 

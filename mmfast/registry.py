@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -99,9 +99,7 @@ def register(
             source=source,
             training_free=training_free,
             needs=tuple(sorted(getattr(method, "needs", ()))),
-            options={
-                key: field.default for key, field in getattr(method, "__dataclass_fields__", {}).items() if field.init
-            },
+            options={item.name: item.default for item in fields(method) if item.init} if is_dataclass(method) else {},
             method=method,
         )
         method.name = name  # type: ignore[attr-defined]

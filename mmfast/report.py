@@ -117,17 +117,21 @@ class Comparison:
         """Baseline over accelerated time of the whole call; above 1 is faster."""
         return self.baseline.total / self.accelerated.total
 
-    def verdict(self) -> str:
-        """Say plainly whether the plan paid."""
-        ratio = self.total_ratio
+    def verdict(self, *, with_setting: bool = True) -> str:
+        """Say plainly whether the plan paid.
+
+        Args:
+            with_setting: name the setting too; leave it out only where it stands beside the sentence.
+        """
+        ratio, setting = self.total_ratio, f"; {self.setting}" if with_setting else ""
         if ratio < 1.0:
             return (
                 f"This plan is SLOWER than the untouched model: {1 / ratio:.2f}x the time end to end "
-                f"({self.accelerated.total:.3f} s against {self.baseline.total:.3f} s; {self.setting})."
+                f"({self.accelerated.total:.3f} s against {self.baseline.total:.3f} s{setting})."
             )
         return (
             f"{ratio:.2f}x faster end to end, {self.prefill_ratio:.2f}x to the first token "
-            f"(median of {self.repeats}; {self.setting})."
+            f"(median of {self.repeats}{setting})."
         )
 
 
@@ -146,7 +150,8 @@ class Report:
         decode_steps: forward passes after the prefill.
         kv_bytes: bytes of the key/value cache after the prefill, measured; 0 without a cache.
         kv_value_bytes: bytes of one cached value.
-        peak_bytes: peak memory of the device (CUDA) or of the process (CPU).
+        peak_bytes: peak memory so far of the device (CUDA) or of the whole process (CPU).
+        device: type of the device.
         comparison: a side-by-side measurement, if one was made.
         note: why there is nothing to report, if so.
     """
@@ -164,6 +169,7 @@ class Report:
     peak_bytes: int = 0
     comparison: Comparison | None = None
     note: str = ""
+    device: str = "cpu"
 
     @property
     def full_tokens(self) -> list[int]:
@@ -238,6 +244,7 @@ class Report:
             "kv_bytes": self.kv_bytes,
             "full_kv_bytes": self.full_kv_bytes,
             "peak_bytes": self.peak_bytes,
+            "device": self.device,
             "note": self.note,
         }
         if self.comparison is not None:
@@ -275,9 +282,10 @@ class Report:
         times = ", ".join(f"{phase} {1e3 * self.seconds.get(phase, 0.0):.1f} ms" for phase in PHASES)
         lines.append(f"time     {times} ({self.decode_steps} decode steps)")
         if self.peak_bytes:
-            lines.append(f"memory   peak {self.peak_bytes / 1e6:.0f} MB")
+            whose = "device" if self.device == "cuda" else "process"
+            lines.append(f"memory   {whose} peak so far {self.peak_bytes / 1e6:.0f} MB")
         if self.comparison is None:
-            lines.append("speed    not compared; call measure(inputs) to time it against the untouched model")
+            lines.append("speed    not compared: measure(inputs) or `mmfast compare` does it")
         else:
             lines.append(f"speed    {self.comparison.verdict()}")
         return "\n".join(lines)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import mmfast
 from mmfast.cli import common
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Stream:
@@ -29,8 +30,8 @@ class _Stream:
         self._tokens.extend(value.flatten().tolist())
         text = self._processor.decode(self._tokens, skip_special_tokens=True).lstrip()
         # A token may complete a character that was written as a replacement sign: wait for it.
-        if not text.endswith("�") and text.startswith(self._written):
-            sys.stdout.write(text[len(self._written) :])
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(self._written):
+            sys.stdout.write(common.printable(text[len(self._written) :]))
             sys.stdout.flush()
             self._written = text
 
@@ -41,28 +42,28 @@ class _Stream:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("media", nargs="+", metavar="MEDIA", help="images, or one video")
-    parser.add_argument("question", metavar="QUESTION", help="the question")
+    common.add_question_arguments(parser)
     parser.add_argument("--plan", default="full", help='for example "divprune(keep=64)"; default: the full model')
-    common.add_model_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Answer, then report."""
-    common.quiet_libraries()
+    common.check_numbers(options, "frames", "max_new_tokens")
     plan = mmfast.Plan.of(options.plan)
-    media = common.read_media(options.media, options.frames)
+    device = common.device_of(options.device)
+    common.quiet_libraries()
+    with common.working("reading"):
+        media = common.read_media(options.media, options.frames)
     common.notes(options, media)
     with common.working("loading the model"):
-        model, processor = common.load_model(options)
-    inputs = common.build_inputs(processor, model, options.question, media)
+        model, processor = common.load_model(options, device)
+        inputs = common.build_inputs(processor, model, options.question, media)
     streamer = None if options.json else _Stream(processor)
-    with mmfast.accelerate(model, plan) as fast, torch.inference_mode():
+    with mmfast.accelerate(model, plan) as fast:
         output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
     report = fast.report()
-    answer = common.answer_text(processor, output[0, inputs["input_ids"].shape[1] :])
     if options.json:
+        answer = common.answer_text(processor, output[0, inputs["input_ids"].shape[1] :])
         common.write_json({"question": options.question, "answer": answer, "report": report.to_dict()})
     else:
         sys.stdout.write(f"\n{report}\n")
-    return 0

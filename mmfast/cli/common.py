@@ -8,19 +8,20 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from rich.console import Console
+# torch and transformers take seconds to import and may be broken, which doctor must survive:
+# in this room they are imported where they are used.
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+    from rich.console import Console
 
-import mmfast
-from mmfast.adapters import load_pretrained, prepare
-from mmfast.media import kind_of, load_image, read_video
-
-DEMO_NOTE = "demo model: it knows coloured shapes and short text, nothing else; --model takes any other"
+DEMO = "the embedded demo model, which knows coloured shapes and short text, nothing else"
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+_PIPE_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -28,30 +29,43 @@ class Media:
     """What the user gave, read.
 
     Attributes:
+        names: file names, in the order given.
         images: the images, in order.
-        clips: the frames of each video, in order.
+        frames: frames of the one video, if there is one.
+        times: when each of these frames is shown, in seconds.
         rate: how many of these frames show one second.
-        notes: what is not as asked or promised, a line each.
+        warnings: what is not as asked or promised, a line each.
     """
 
-    images: list[Image.Image] = field(default_factory=list)
-    clips: list[list[Image.Image]] = field(default_factory=list)
+    names: tuple[str, ...]
+    images: tuple[Image.Image, ...] = ()
+    frames: tuple[Image.Image, ...] = ()
+    times: tuple[float, ...] = ()
     rate: float = 1.0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def pictures(self) -> list[Image.Image]:
-        """Every image and frame, in order."""
-        return [*self.images, *(frame for clip in self.clips for frame in clip)]
+    warnings: tuple[str, ...] = ()
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose and load a model and read media."""
+def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked of which model."""
+    parser.add_argument("media", nargs="+", metavar="MEDIA", help="images, and at most one video")
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
     parser.add_argument("--model", metavar="ID_OR_PATH", help="hub id or folder; without it the embedded demo model")
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames taken from a video (default 4)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default 32)")
-    parser.add_argument("--device", help="where to run, for example cuda; default: cuda if there is one")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="floating type (default: as stored)")
+    parser.add_argument("--device", help="where to run, for example cuda:1; default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, help="floating type; default: as stored, but no float16 on a CPU")
+
+
+def check_numbers(options: argparse.Namespace, *names: str) -> None:
+    """Refuse counts below 1 before anything is loaded.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
 
 
 def read_media(paths: Sequence[str], frames: int) -> Media:
@@ -59,43 +73,63 @@ def read_media(paths: Sequence[str], frames: int) -> Media:
 
     Raises:
         MediaError: if one cannot be used.
+        ValueError: if there are several videos.
     """
-    if frames < 1:
-        raise ValueError(f"--frames={frames} must be at least 1")
-    images: list[Image.Image] = []
-    clips: list[list[Image.Image]] = []
-    warnings: list[str] = []
-    rate = 1.0
-    for path in paths:
-        if kind_of(path) == "image":
-            images.append(load_image(path))
-            continue
-        video = read_video(path, num_frames=frames)
-        clips.append([Image.fromarray(frame) for frame in video.frames])
-        warnings.extend(video.warnings)
-        if video.duration > 0:
-            rate = len(video.frames) / video.duration
-    if len(clips) > 1:
-        raise ValueError(f"{len(clips)} videos were given; one prompt takes one video (and any number of images)")
-    return Media(images, clips, rate, warnings)
+    from mmfast.media import kind_of, load_image, read_video
+
+    names = tuple(Path(path).name or path for path in paths)
+    kinds = [kind_of(path) for path in paths]
+    if kinds.count("video") > 1:
+        raise ValueError(f"{kinds.count('video')} videos were given; a prompt takes one, and any number of images")
+    images = tuple(load_image(path) for path, kind in zip(paths, kinds, strict=True) if kind == "image")
+    if "video" not in kinds:
+        return Media(names, images)
+    video = read_video(paths[kinds.index("video")], num_frames=frames)
+    rate = len(video) / video.duration if video.duration > 0 else 1.0
+    return Media(names, images, tuple(video.images()), video.timestamps, rate, video.warnings)
 
 
-def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Load the chosen model, or the embedded one."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(name: str | None) -> torch.device:
+    """Find out where to run.
+
+    Raises:
+        ValueError: if the device does not exist here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device={name} is no device; write for example cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device={name}: torch sees {torch.cuda.device_count()} CUDA devices; mmfast doctor says more"
+        )
+    return device
+
+
+def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+    """Load the chosen model, or the embedded one, with its processor."""
+    import mmfast
+    from mmfast.adapters import load_pretrained
+
     if options.model is None:
-        dtype = "float32" if options.dtype == "auto" else options.dtype
+        dtype = options.dtype if options.dtype not in (None, "auto") else "float32"
         return mmfast.load_default(device=device, dtype=dtype)
-    return load_pretrained(options.model, device=device, dtype=options.dtype)
+    return load_pretrained(options.model, device=device, dtype=options.dtype, progress=sys.stderr.isatty())
 
 
 def build_inputs(processor: Any, model: Any, question: str, media: Media) -> Any:
-    """Turn question and media into what ``generate`` takes."""
+    """Turn question and media into what ``generate`` takes; frames go into the video slot, if there is one."""
+    from mmfast.adapters import prepare
+
     return prepare(
         processor,
         question,
-        media.images or None,
-        media.clips[0] if media.clips else None,
+        list(media.images) or None,
+        list(media.frames) or None,
         fps=media.rate,
         device=model.device,
         dtype=model.dtype,
@@ -111,32 +145,51 @@ def answer_text(processor: Any, tokens: torch.Tensor) -> str:
 def notes(options: argparse.Namespace, media: Media) -> None:
     """Write to stderr what the user should know before reading an answer."""
     if options.model is None:
-        sys.stderr.write(f"{DEMO_NOTE}\n")
-    for line in media.notes:
-        sys.stderr.write(f"note: {line}\n")
+        sys.stderr.write(f"note: this is {DEMO}; --model takes any other\n")
+    for line in media.warnings:
+        sys.stderr.write(f"note: {one_line(line)}\n")
 
 
-def out() -> Console:
-    """Return a console on stdout."""
-    return Console(file=sys.stdout, soft_wrap=False)
+def one_line(text: str) -> str:
+    """Bring text onto one line, without characters that would steer a terminal.
+
+    Example:
+        >>> one_line("two" + chr(10) + "  words" + chr(27) + "[31m")
+        'two words?[31m'
+    """
+    return printable(" ".join(text.split()))
 
 
-def write_json(value: Any) -> None:
+def printable(text: str) -> str:
+    """Replace what would steer a terminal: a model or a file name may contain escape sequences."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "?" for sign in text)
+
+
+def console(stream: Any = None) -> Console:
+    """Return a console on stdout, or on another stream; tables in a pipe or file are not squeezed to 80 columns."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    found = Console(file=sys.stdout if stream is None else stream, **plain)
+    return found if found.is_terminal else Console(file=found.file, width=_PIPE_WIDTH, **plain)
+
+
+def write_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(json.dumps(value, indent=1, default=repr) + "\n")
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show on stderr that something takes a while; silent where nobody watches."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
+    watched = console(sys.stderr)
+    if not watched.is_terminal:
         yield
         return
-    with console.status(what):
+    with watched.status(what):
         yield
 
 
 def quiet_libraries() -> None:
-    """Keep library chatter below warnings off the streams of the command line."""
+    """Keep library chatter below errors off the streams of the command line."""
     logging.getLogger("transformers").setLevel(logging.ERROR)

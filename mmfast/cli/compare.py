@@ -4,123 +4,110 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 import mmfast
 from mmfast.cli import common
-from mmfast.cli.html import page
-from mmfast.compare import PlanComparison, compare_plans, decode_speed
+
+if TYPE_CHECKING:
+    from mmfast.compare import PlanComparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("media", nargs="+", metavar="MEDIA", help="images, or one video")
-    parser.add_argument("question", metavar="QUESTION", help="the question")
+    common.add_question_arguments(parser)
     parser.add_argument("--plan", action="append", required=True, help="a plan; repeat the option for more")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of each (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="counted runs of each plan (default 3)")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="write a page with the kept patches drawn")
-    common.add_model_arguments(parser)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Compare and show."""
-    common.quiet_libraries()
+    from mmfast.cli.figures import as_json
+    from mmfast.cli.html import page
+    from mmfast.compare import compare_plans
+
+    common.check_numbers(options, "frames", "max_new_tokens", "repeats")
     plans = [mmfast.Plan.of(plan) for plan in options.plan]
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out={options.out}: its folder does not exist; create it first")
-    media = common.read_media(options.media, options.frames)
+    _check_out(options.out)
+    device = common.device_of(options.device)
+    common.quiet_libraries()
+    with common.working("reading"):
+        media = common.read_media(options.media, options.frames)
     common.notes(options, media)
     with common.working("loading the model"):
-        model, processor = common.load_model(options)
-    inputs = common.build_inputs(processor, model, options.question, media)
-    count = len({plan.to_text() for plan in plans} | {"full"})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("runs", total=count * (options.repeats + 1))
+        model, processor = common.load_model(options, device)
+        inputs = common.build_inputs(processor, model, options.question, media)
+    names = {"full", *(plan.to_text() for plan in plans)}
+    with _counting(len(names) * (options.repeats + 1)) as step:
         result = compare_plans(
             model,
             plans,
             inputs,
             max_new_tokens=options.max_new_tokens,
             repeats=options.repeats,
-            after_run=lambda name: progress.advance(task),
+            after_run=step,
         )
     answers = [common.answer_text(processor, run.new_tokens[0]) for run in result.runs]
+    if options.out is not None:
+        name = type(model).__name__ if options.model else f"{type(model).__name__}, {common.DEMO}"
+        options.out.write_text(page(result, answers, media, processor, options.question, name), encoding="utf-8")
+        sys.stderr.write(f"wrote {options.out}\n")
     if options.json:
-        common.write_json(as_json(result, answers, options))
+        common.write_json(as_json(result, answers, options.question))
     else:
         show(result, answers)
-    if options.out is not None:
-        demo = common.DEMO_NOTE if options.model is None else ""
-        content = page(result, answers, media.pictures, options.question, type(model).__name__, demo)
-        options.out.write_text(content, encoding="utf-8")
-        sys.stderr.write(f"wrote {options.out}\n")
-    return 0
 
 
-def as_json(result: PlanComparison, answers: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the comparison as plain values."""
-    return {
-        "question": options.question,
-        "setting": result.setting,
-        "repeats": result.repeats,
-        "runs": [{**run.to_dict(), "answer": answer} for run, answer in zip(result.runs, answers, strict=True)],
-        "verdicts": result.verdicts(),
-    }
+def _check_out(path: Path | None) -> None:
+    """Refuse what cannot be written before minutes are spent on measuring."""
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out={path} must end in .html: a page is what is written")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"--out={path}: {'a folder' if path.is_dir() else 'its folder does not exist'}; name a file")
 
 
-def rows(result: PlanComparison, answers: list[str]) -> list[tuple[str, ...]]:
-    """Return the table as text, the header first; shared by terminal and page."""
-    cuda = any(run.peak_bytes for run in result.runs)
-    header = (
-        "plan", "answer", "visual tokens in", "per layer", "prefill ms", "decode tok/s", "total s", "KV MB", "GMAC",
-        "agreement", *(("peak MB",) if cuda else ()),
-    )  # fmt: skip
-    found = [header]
-    for run, answer in zip(result.runs, answers, strict=True):
-        speed = decode_speed(run.timing)
-        found.append(
-            (
-                run.plan,
-                answer,
-                str(run.report.entered_tokens),
-                f"{run.report.layer_average:.0f}",
-                f"{1e3 * run.timing.first_token:.1f}",
-                f"{speed:.1f}" if speed else "-",
-                f"{run.timing.total:.3f}",
-                f"{run.report.kv_bytes / 1e6:.2f}",
-                f"{run.report.flops / 1e9:.2f}",
-                f"{run.agreement:.0%}",
-                *((f"{run.peak_bytes / 1e6:.0f}",) if cuda else ()),
-            )
+@contextmanager
+def _counting(total: int) -> Iterator[Callable[[str], None]]:
+    """Show on stderr how many runs are done; silent where nobody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    watched = common.console(sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
+        task = progress.add_task("runs", total=total)
+        yield lambda name: progress.advance(task)
+
+
+def show(result: PlanComparison, answers: Sequence[str]) -> None:
+    """Print one column per plan, then a plain sentence per plan."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from mmfast.cli.figures import figures, memory_note
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for run in result.runs:
+        table.add_column(run.plan, justify="right", overflow="fold")
+    table.add_row("answer", *(common.one_line(answer) or "(none)" for answer in answers), end_section=True)
+    for figure in figures(result):
+        cells = zip(figure.values, figure.shares, strict=True)
+        table.add_row(
+            f"{figure.label} ({figure.unit})" if figure.unit else figure.label,
+            *(f"{value}  {f'({share})' if share else '':>6}" for value, share in cells),
         )
-    return found
-
-
-def show(result: PlanComparison, answers: list[str]) -> None:
-    """Print the table and a plain sentence per plan."""
-    header, *body = rows(result, answers)
-    table = Table(title=f"median of {result.repeats} runs in turn; {result.setting}", title_justify="left")
-    for name in header:
-        table.add_column(name, justify="left" if name in ("plan", "answer") else "right", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    console = common.out()
+    console = common.console()
     console.print(table)
     for verdict in result.verdicts():
-        console.print(verdict, markup=False, highlight=False)
-    console.print(memory_note(result), markup=False, highlight=False)
-
-
-def memory_note(result: PlanComparison) -> str:
-    """Say what is known of memory."""
-    if any(run.peak_bytes for run in result.runs):
-        return "Peak memory is the most the device held during each plan's runs."
-    peak = max(run.report.peak_bytes for run in result.runs)
-    return f"Peak memory of the process: {peak / 1e6:.0f} MB over all runs (a CPU cannot tell the plans apart)."
+        console.print(verdict)
+    console.print(
+        f"\nBaseline: {result.setting}. In brackets: share of the full model's. Medians of {result.repeats} runs in "
+        "turn after one warm-up of each; every run encodes the media anew."
+    )
+    console.print(memory_note(result))

@@ -6,20 +6,16 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-from rich.table import Table
-
-import mmfast
-from mmfast.adapters import attention_backends, families, importable
 from mmfast.cli import common
-from mmfast.media.available import reader_states
 
-_PACKAGES = (
+PACKAGES = (
+    "mmfast",
     "torch",
     "transformers",
     "triton",
@@ -37,34 +33,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command (none but the common ones)."""
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Examine and show."""
-    found = examine()
+    with common.working("examining"):
+        found = examine()
     if options.json:
         common.write_json(found)
-        return 0
-    console = common.out()
-    for title, rows in found.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        table.add_column("what")
+        return
+    from rich.table import Table
+
+    console = common.console()
+    for title, states in found.items():
+        table = Table(
+            title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+        )
+        table.add_column("what", min_width=17)
         table.add_column("state", overflow="fold")
-        for name, state in rows.items():
-            table.add_row(name, state)
+        shared = title == "families" and "works" in states.values()
+        for what, state in _by_state(states) if shared else states.items():
+            table.add_row(what, state)
         console.print(table)
-    return 0
+        console.print()
 
 
 def examine() -> dict[str, dict[str, str]]:
     """Return what was found: section -> item -> state in words."""
     common.quiet_libraries()
-    return {
-        "versions": _versions(),
-        "devices": _devices(),
-        "readers": reader_states(),
-        "kernels": _kernels(),
-        "attention": attention_backends(),
-        "families": {name: importable(name) for name in families()},
+    sections: dict[str, Callable[[], dict[str, str]]] = {
+        "versions": _versions,
+        # Before the families: an import of transformers that fails half-way changes what torchvision says.
+        "torchvision": _torchvision,
+        "devices": _devices,
+        "readers": _readers,
+        "kernels": _kernels,
+        "attention": _attention,
+        "families": _families,
     }
+    return {title: _survive(look) for title, look in sections.items()}
+
+
+def _survive(look: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What is broken may break in any way, and the other sections still have something to say."""
+    try:
+        return look()
+    except Exception as error:
+        return {"cannot be examined": f"{type(error).__name__}: {_short(error)}"}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    return found | {package: _installed(package) or "not installed" for package in PACKAGES}
 
 
 def _installed(package: str) -> str | None:
@@ -74,43 +92,82 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _versions() -> dict[str, str]:
-    found = {"mmfast": mmfast.__version__, "python": platform.python_version()}
-    found.update({package: _installed(package) or "not installed" for package in _PACKAGES})
-    if _installed("torchvision"):
-        found["torchvision"] += _torchvision_state()
-    return found
-
-
-def _torchvision_state() -> str:
-    """A torchvision built for another torch imports nowhere, and takes every vision model with it."""
+def _torchvision() -> dict[str, str]:
+    """A torchvision that was built for another torch breaks every vision model on import."""
+    if find_spec("torchvision") is None:
+        return {"state": "not installed; needed only by processors with a video slot and by Pixtral's"}
     try:
         import_module("torchvision")
     except Exception as error:
-        return (
-            f" - BROKEN ({' '.join(str(error).split())[:90]}): every vision model fails to import. Uninstall it, or "
-            "install the build that matches torch"
-        )
-    return " - works"
+        return {
+            "state": f"installed but BROKEN ({_short(error)}): every vision model fails to import",
+            "cure": f"pip uninstall torchvision, or install {_matching_torchvision()} from the same index as torch",
+        }
+    return {"state": "works"}
+
+
+def _matching_torchvision() -> str:
+    """Name the torchvision that belongs to the installed torch: 2.0 came with 0.15, and both count on from there."""
+    numbers = (_installed("torch") or "").split(".")[:2]
+    if len(numbers) == 2 and numbers[0] == "2" and numbers[1].isdecimal():
+        return f"torchvision 0.{int(numbers[1]) + 15}"
+    return "the torchvision that belongs to this torch"
 
 
 def _devices() -> dict[str, str]:
-    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {platform.machine()}"}
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties: Any = torch.cuda.get_device_properties(index)
-            found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    else:
-        found["cuda"] = "none: torch sees no CUDA device" + (
-            "" if torch.version.cuda else " (this torch is a CPU build)"
-        )
+    import torch
+
+    found = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used by torch"}
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda else ": this torch is a CPU build"
+        return found | {"cuda": f"torch sees no CUDA device{build}"}
+    for index in range(torch.cuda.device_count()):
+        device: Any = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
     return found
 
 
+def _readers() -> dict[str, str]:
+    from mmfast.media.available import reader_states
+
+    return reader_states()
+
+
 def _kernels() -> dict[str, str]:
-    """Triton compiles for GPUs; on the CPU it can only be interpreted, which proves but does not speed up."""
-    if sys.platform != "linux" or find_spec("triton") is None:
-        return {"triton": "not available: plain torch is used"}
-    if torch.cuda.is_available():
-        return {"triton": "can compile for this GPU; mmfast has no Triton kernels yet, plain torch is used"}
-    return {"triton": "no GPU: only its interpreter runs here; plain torch is used"}
+    """Triton compiles for GPUs; on a CPU it can only be interpreted, which proves but does not speed up."""
+    import torch
+
+    if find_spec("triton") is None:
+        why = "" if sys.platform == "linux" else f": there is no release for {sys.platform}"
+        return {"triton": f"not installed{why}; plain torch is used"}
+    if not torch.cuda.is_available():
+        return {"triton": "no GPU: its kernels can only be interpreted (TRITON_INTERPRET=1); plain torch is used"}
+    return {"triton": "can compile for this GPU"}
+
+
+def _attention() -> dict[str, str]:
+    from mmfast.adapters import attention_backends
+
+    return attention_backends()
+
+
+def _families() -> dict[str, str]:
+    from mmfast.adapters import families, importable
+
+    return {name: importable(name) for name in families()}
+
+
+def _by_state(states: dict[str, str]) -> list[tuple[str, str]]:
+    """Turn name -> state round, for families most of which share one; a long state needs the wide column."""
+    found: dict[str, list[str]] = {}
+    for name, state in states.items():
+        found.setdefault(state, []).append(name)
+    return [("works" if state == "works" else "fails", _listed(names, state)) for state, names in found.items()]
+
+
+def _listed(names: list[str], state: str) -> str:
+    return ", ".join(names) + ("" if state == "works" else f" - {state}")
+
+
+def _short(error: Exception) -> str:
+    return common.one_line(str(error))[:120]

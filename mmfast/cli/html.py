@@ -3,136 +3,166 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
+from html import escape
+from typing import Any
 
 from PIL import Image
 
-import mmfast
+from mmfast.cli.common import Media
+from mmfast.cli.drawings import drawings
+from mmfast.cli.figures import figures, memory_note, versions
 from mmfast.compare import PlanComparison, PlanRun
-from mmfast.draw import overlay
+from mmfast.plan import Plan
+from mmfast.report import Report
 
+# Nothing is fetched and nothing runs, whatever a question or an answer contains.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #5d6675; --paper: #fbfbfa; --line: #dcdfe4; --bar: #d08700;
-  --rest: #e7e9ee; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --soft: #9aa4b5; --paper: #14171d; --line: #2c323d;
-  --bar: #ffc400; --rest: #262c36; } }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem; }
-code { font-family: ui-monospace, monospace; font-size: .95em; }
-.soft { color: var(--soft); margin: .15rem 0; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: normal; min-width: 6rem; }
-th { color: var(--soft); font-weight: 600; font-size: .8rem; white-space: normal; vertical-align: bottom; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .5rem; margin: .6rem 0; }
-.pictures img { width: 100%; display: block; border-radius: 4px; }
-svg { width: 100%; height: 4.5rem; display: block; } svg .rest { fill: var(--rest); } svg .bar { fill: var(--bar); }
-.key span { display: inline-block; width: .9em; height: .9em; vertical-align: -.1em; margin: 0 .3em 0 1em;
-  border: 1px solid var(--line); }
-.slow { border-left: 4px solid #d1335b; padding-left: .7rem; }
+:root { color-scheme: light dark; --ink: #1b2130; --soft: #5b6474; --paper: #fcfcfb; --card: #fff; --line: #dde0e6;
+  --bar: #c98500; --rest: #e6e8ed; --bad: #c22a52; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8ebf1; --soft: #9da7b8; --paper: #13161c; --card: #1a1e26;
+  --line: #2d343f; --bar: #ffc400; --rest: #2a303b; --bad: #ff6b8f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .8rem; }
+h2 { font: 600 1.05rem/1.4 ui-monospace, monospace; margin: 0 0 .3rem; }
+p { margin: .35rem 0; } .soft, small { color: var(--soft); } small { font-size: .8em; white-space: nowrap; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1.2rem; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 0 0 1rem; }
+th, td { padding: .45rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th { color: var(--soft); font-weight: 500; font-size: .78rem; line-height: 1.25; vertical-align: bottom; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+td:first-child { font: .88rem/1.7 ui-monospace, monospace; } td small { display: block; }
+td:nth-child(2) { min-width: 7rem; overflow-wrap: break-word; }
+.verdict { border-left: 4px solid var(--bar); padding-left: .7rem; } .slow { border-color: var(--bad); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; margin: 1.2rem 0; }
+.layers { display: flex; align-items: center; gap: .8rem; margin: .6rem 0 .8rem; font-size: .85rem; }
+.layers svg { width: 100%; max-width: 26rem; height: 3.2rem; flex: 1 1 8rem; }
+.rest { fill: var(--rest); } .bar { fill: var(--bar); }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 46%), 1fr)); gap: .6rem; }
+figure { margin: 0; max-width: 28rem; } figure img { width: 100%; display: block; border-radius: 4px; }
+figcaption { color: var(--soft); font-size: .8rem; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; color: var(--soft); }
+.key i { display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.2em; margin-right: .4em; }
+.before { background: #23262d; } .last { border: 2px solid #ffc400; background: #8a95a8; }
+.inside { background: repeating-linear-gradient(135deg, #23262d 0 2px, #626b7a 2px 5px); }
+@media (max-width: 50rem) {
+  thead { display: none; } table, tbody { display: block; }
+  tr { display: block; border: 1px solid var(--line); border-radius: 8px; margin: .6rem 0; padding: .3rem .7rem; }
+  td, td:first-child, td:nth-child(2) { display: flex; gap: .5rem; border: 0; padding: .1rem 0; text-align: right; }
+  td::before { content: attr(data-label); color: var(--soft); flex: 1; text-align: left; font-family: system-ui; }
+  td:first-child::before { content: none; } td:first-child { font-weight: 600; text-align: left; }
+  td small { display: inline; margin-left: .4rem; }
+}
+@media print { section { break-inside: avoid; } }
 """
 
 
 def page(
-    result: PlanComparison,
-    answers: Sequence[str],
-    pictures: Sequence[Image.Image],
-    question: str,
-    model: str,
-    demo_note: str,
+    result: PlanComparison, answers: Sequence[str], media: Media, processor: Any, question: str, model: str
 ) -> str:
     """Write the page.
 
     Args:
         result: the comparison.
         answers: the answer of each run.
-        pictures: the images and frames the model saw, in order.
+        media: the images and frames that were asked about.
+        processor: the processor of the model, which may cut pictures before the model sees them.
         question: the question.
-        model: class of the model.
-        demo_note: what to say of the demo model; empty for others.
+        model: what to call the model.
 
     Returns:
         HTML without any outside resource.
     """
-    from mmfast.cli.compare import memory_note, rows
-
-    header, *body = rows(result, list(answers))
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+    facts = {
+        "media": ", ".join(media.names) + (f" ({len(media.frames)} frames)" if media.frames else ""),
+        "model": model,
+        "baseline": result.setting,
+        "runs": f"median of {result.repeats} runs in turn after one warm-up of each; every run encodes the media anew",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
+    }
     verdicts = "".join(
-        f"<p{' class=slow' if 'SLOWER' in text else ''}>{html.escape(text)}</p>" for text in result.verdicts()
+        f'<p class="verdict{" slow" if "SLOWER" in text else ""}">{escape(text)}</p>\n' for text in result.verdicts()
     )
-    note = f"<p class=soft>{html.escape(demo_note)}</p>" if demo_note else ""
-    sections = "".join(_section(run, answer, pictures) for run, answer in zip(result.runs, answers, strict=True))
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    sections = "".join(
+        _section(run, answer, media, processor) for run, answer in zip(result.runs, answers, strict=True)
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>mmfast: {html.escape(question)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(question)}</h1>
-<p class=soft>{html.escape(model)}; median of {result.repeats} runs in turn; {html.escape(result.setting)};
-mmfast {mmfast.__version__}; {date}</p>{note}
-<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>mmfast: {escape(question)}</title><style>{_STYLE}</style></head><body>
+<header><h1>{escape(question)}</h1>
+<dl>{"".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())}</dl></header>
+<main>{_table(result, answers)}
 {verdicts}
-<p class=soft>{html.escape(memory_note(result))} GMAC: 10<sup>9</sup> multiply-accumulates of the language model's
-prefill. Agreement: share of generated tokens equal to the full model's.</p>
-<p class="soft key"><span style="background:#1a1d25"></span>dropped before the language model
-<span style="background:#767676"></span>dropped inside it
-<span style="outline:2px solid var(--bar)"></span>read by its last layer</p>
+<p class="soft">Small figures: share of the full model's. LLM prefill: multiply-accumulates of the language model over
+the prompt. {escape(memory_note(result))}</p>
+<p class="key">Patches: <span><i class="last"></i>read by the last layer</span>
+<span><i class="inside"></i>entered the language model, dropped inside it</span>
+<span><i class="before"></i>never entered it</span></p>
 {sections}
-</body></html>
+</main></body></html>
 """
 
 
-def _section(run: PlanRun, answer: str, pictures: Sequence[Image.Image]) -> str:
+def _table(result: PlanComparison, answers: Sequence[str]) -> str:
+    columns = [(f"{one.label} ({one.unit})" if one.unit else one.label, one) for one in figures(result)]
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("plan", "answer", *(label for label, _ in columns)))
+    rows = []
+    for place, (run, answer) in enumerate(zip(result.runs, answers, strict=True)):
+        cells = [("plan", escape(run.plan)), ("answer", escape(answer) or "<em>none</em>")]
+        for label, figure in columns:
+            share = f" <small>{figure.shares[place]}</small>" if figure.shares[place] else ""
+            cells.append((escape(label), f"{figure.values[place]}{share}"))
+        # The inner span keeps value and share together where a phone shows cells as lines.
+        row = "".join(f'<td data-label="{label}"><span>{cell}</span></td>' for label, cell in cells)
+        rows.append(f"<tr>{row}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _section(run: PlanRun, answer: str, media: Media, processor: Any) -> str:
     report = run.report
-    drawn = "".join(
-        f'<img alt="kept patches of picture {number + 1}" src="{_data(picture)}">'
-        for number, picture in enumerate(_overlays(run, pictures))
+    drawn, note = drawings(report, media, processor)
+    if any(method.kind == "Merger" for method in Plan.of(run.plan).methods):
+        note = f"Dimmed patches were merged into the clear ones, not discarded. {note}"
+    shown = "".join(
+        f'<figure><img alt="{escape(caption)} with dropped patches dimmed" src="{_data(image)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, image in drawn
     )
-    pictures_html = f"<div class=pictures>{drawn}</div>" if drawn else "<p class=soft>Nothing to draw.</p>"
-    return f"""<h2><code>{html.escape(run.plan)}</code></h2>
-<p>{html.escape(answer) or "<em>no answer</em>"}</p>
-<p class=soft>{report.visual_tokens} visual tokens, {report.entered_tokens} into the language model,
-{report.layer_average:.0f} per layer on average. Tokens per layer, first to last, text included:</p>
-{_bars(run)}{pictures_html}"""
+    return f"""<section><h2>{escape(run.plan)}</h2>
+<p>{escape(answer) or "<em>no answer</em>"}</p>
+<p class="soft">{report.visual_tokens} visual tokens; {report.entered_tokens} enter the language model,
+{sum(record.left for record in report.media)} reach its last layer, {report.layer_average:.0f} per layer on average.</p>
+{_layers(report)}<div class="pictures">{shown}</div>{f'<p class="soft">{escape(note)}</p>' if note else ""}</section>
+"""
 
 
-def _overlays(run: PlanRun, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Draw every picture with its record; a video's record covers several pictures."""
-    drawn: list[Image.Image] = []
-    rest = list(pictures)
-    for record in run.report.media:
-        shown = int(record.layout.frame.max()) + 1 if record.modality == "video" else 1
-        # Temporal patches join frames: the pictures of a video are spread over them evenly.
-        own, rest = (rest, []) if record.modality == "video" else (rest[:1], rest[1:])
-        for number, picture in enumerate(own):
-            frame = min(shown - 1, number * shown // max(1, len(own)))
-            drawn.append(overlay(picture, record, frame) if record.layout.boxes is not None else picture)
-    return drawn
-
-
-def _bars(run: PlanRun) -> str:
-    """Draw one bar per layer as SVG, its height the tokens read."""
-    layers = run.report.tokens_per_layer[0] if run.report.tokens_per_layer else []
-    full = max(run.report.full_tokens[:1] or [1])
-    if not layers:
-        return ""
-    width = 100 / len(layers)
+def _layers(report: Report) -> str:
+    """Draw one bar per layer as SVG, its height the tokens read; grey is what the full model reads."""
+    counts, full = report.tokens_per_layer[0], report.full_tokens[0]
+    step, gap = 100 / len(counts), min(1.0, 20 / len(counts))
     bars = "".join(
-        f'<rect class=rest x="{i * width:.3f}%" y="0" width="{0.9 * width:.3f}%" height="100%"/>'
-        f'<rect class=bar x="{i * width:.3f}%" y="{100 - 100 * n / full:.2f}%" width="{0.9 * width:.3f}%" '
-        f'height="{100 * n / full:.2f}%"><title>layer {i}: {n} tokens</title></rect>'
-        for i, n in enumerate(layers)
+        f'<rect class="rest" x="{layer * step:.2f}" y="0" width="{step - gap:.2f}" height="100"/>'
+        f'<rect class="bar" x="{layer * step:.2f}" y="{100 - 100 * count / full:.2f}" width="{step - gap:.2f}" '
+        f'height="{100 * count / full:.2f}"><title>layer {layer}: {count} tokens</title></rect>'
+        for layer, count in enumerate(counts)
     )
-    return f'<svg role="img" aria-label="tokens per layer: {layers}">{bars}</svg>'
+    label = f"tokens per layer: {', '.join(map(str, counts))}"
+    return (
+        f'<div class="layers"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f'{bars}</svg><span class="soft">tokens that each of the {len(counts)} layers reads, text included: '
+        f"{counts[0]} first, {counts[-1]} last</span></div>"
+    )
 
 
 def _data(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+    picture.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

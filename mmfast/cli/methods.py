@@ -5,48 +5,38 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from dataclasses import MISSING
 from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import mmfast
 from mmfast.cli import common
-from mmfast.registry import get
+
+COLUMNS = ("method", "stage", "kind", "training-free", "paper", "source", "summary")
+_WIDE = 140
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show this method's options")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show this method with its options")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Show the list or one method."""
+    from mmfast.registry import get
+
     if options.name is not None:
         info = get(options.name)
         if options.json:
             common.write_json(as_json(info))
         else:
             _show(info)
-        return 0
-    listed = mmfast.methods()
-    if options.json:
-        common.write_json([as_json(info) for info in listed])
-        return 0
-    console = common.out()
-    wide = console.width >= 140
-    table = Table(box=SIMPLE)
-    for column in ("method", "stage", "training", "paper"):
-        table.add_column(column, no_wrap=True)
-    for column in ("kind", "source") if wide else ():
-        table.add_column(column, no_wrap=True)
-    table.add_column("what it does", ratio=1)
-    for info in listed:
-        training = "none" if info.training_free else "needed"
-        extra = (info.kind, info.source) if wide else ()
-        table.add_row(info.name, info.stage, training, info.paper or "baseline", *extra, info.summary)
-    console.print(table)
-    return 0
+    elif options.json:
+        common.write_json({"methods": [as_json(info) for info in mmfast.methods()]})
+    else:
+        _list(mmfast.methods())
 
 
 def as_json(info: mmfast.MethodInfo) -> dict[str, Any]:
@@ -60,16 +50,63 @@ def as_json(info: mmfast.MethodInfo) -> dict[str, Any]:
         "source": info.source,
         "training_free": info.training_free,
         "needs": list(info.needs),
-        "options": info.options,
+        "options": {name: "required" if value is MISSING else value for name, value in info.options.items()},
+        "doc": inspect.getdoc(info.method) or "",
     }
 
 
+def _list(listed: list[mmfast.MethodInfo]) -> None:
+    console = common.console()
+    rows = [
+        (
+            info.name,
+            info.stage,
+            info.kind,
+            "yes" if info.training_free else "no",
+            info.paper or "baseline",
+            info.source or "-",
+            info.summary,
+        )
+        for info in listed
+    ]
+    # Where seven columns do not fit, five and three do.
+    parts = [range(7)] if console.width >= _WIDE else [range(5), (0, 5, 6)]
+    for part in parts:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for place in part:
+            table.add_column(COLUMNS[place], no_wrap=place != 6)
+        for row in rows:
+            table.add_row(*(row[place] for place in part))
+        console.print(table)
+
+
 def _show(info: mmfast.MethodInfo) -> None:
-    lines = [f"{info.name}  ({info.stage}, {info.kind})", "", inspect.getdoc(info.method) or info.summary, ""]
-    if info.paper:
-        lines.append(f"paper    {info.paper}")
-    if info.source:
-        lines.append(f"source   {info.source}")
-    lines.append("options  " + ", ".join(f"{name}={value!r}" for name, value in info.options.items()))
-    lines.append(f'example  mmfast ask photo.jpg "what is this?" --plan "{info.name}()"')
+    facts = {
+        "stage": info.stage,
+        "kind": info.kind,
+        "training-free": "yes" if info.training_free else "no",
+        "paper": info.paper or "baseline",
+        "source": info.source or "-",
+        "needs": ", ".join(info.needs) or "-",
+    }
+    defaults = {name: "required" if value is MISSING else repr(value) for name, value in info.options.items()}
+    example = ", ".join(f"{name}={value!r}" for name, value in info.options.items() if name in ("layer", "keep"))
+    lines = [
+        info.name,
+        "",
+        inspect.getdoc(info.method) or info.summary,
+        "",
+        *_aligned(facts),
+        "",
+        "options and their defaults",
+        *(f"  {line}" for line in _aligned(defaults)),
+        "",
+        "example",
+        f'  mmfast ask photo.jpg "what is this?" --plan "{info.name}({example})"',
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _aligned(pairs: dict[str, str]) -> list[str]:
+    width = max(map(len, pairs), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in pairs.items()]

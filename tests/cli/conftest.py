@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
@@ -27,6 +28,10 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.mp4").write_text("this is no video\n")
     (folder / "cut.mp4").write_bytes(sample("bigbuckbunny.mp4").read_bytes()[:20_000])
     (folder / "empty.mp4").write_bytes(b"")
+    with av.open(str(folder / "frameless.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        container.start_encoding()
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     (folder / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IEND", b""))
     return folder
