@@ -44,7 +44,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .layers { display: flex; align-items: center; gap: .8rem; margin: .6rem 0 .8rem; font-size: .85rem; }
 .layers svg { width: 100%; max-width: 26rem; height: 3.2rem; flex: 1 1 8rem; }
 .rest { fill: var(--rest); } .bar { fill: var(--bar); }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 46%), 1fr)); gap: .6rem; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 46%), 1fr)); gap: .6rem; }
 figure { margin: 0; max-width: 28rem; } figure img { width: 100%; display: block; border-radius: 4px; }
 figcaption { color: var(--soft); font-size: .8rem; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; color: var(--soft); }

@@ -14,7 +14,7 @@ from mmfast.token_pruning.base import LayerEvent, LayerScorer, LayerTokens, RowR
 @register("fastv", stage="in_llm", paper="arXiv 2403.06764", source="pkunlp-icler/FastV")
 @dataclass(frozen=True)
 class FastV(LayerScorer):
-    """Drop once, before layer ``layer``, by the attention of the last prompt token in the layer before.
+    """Drop once, by the attention of the last prompt token, after a few layers.
 
     The paper speaks of the attention received from all tokens; its numbers, and every variant of the
     official code, come from the last row alone, which is what is used here.

@@ -16,7 +16,7 @@ from mmfast.token_pruning.before_llm.random import random_subset
 @register("random_in_llm", stage="in_llm")
 @dataclass(frozen=True)
 class RandomInLLM(LayerScorer):
-    """Keep a random subset of the visual tokens from layer ``layer`` on.
+    """Keep a random subset of the visual tokens, from one layer on.
 
     Attributes:
         keep: visual tokens left after the drop; int = count per image, float = fraction.

@@ -15,7 +15,7 @@ from mmfast.token_pruning.before_llm.uniform import uniform_subset
 @register("uniform_in_llm", stage="in_llm")
 @dataclass(frozen=True)
 class UniformInLLM(LayerDropper):
-    """Keep evenly spaced visual tokens from layer ``layer`` on.
+    """Keep evenly spaced visual tokens, from one layer on.
 
     Attributes:
         keep: visual tokens left after the drop; int = count per image, float = fraction.
