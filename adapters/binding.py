@@ -65,6 +65,7 @@ class Binding:
         self.inner: Inner | None = None
         self._prompt: Prompt | None = None
         self._encoding = False
+        self._drafted = 0
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         self._refuse()
@@ -151,6 +152,7 @@ class Binding:
             original = getattr(base, name, None)
             if original is not None:
                 self.ledger.set_attribute(base, name, self._watch_features(modality, original))
+        self.ledger.hook(model.register_forward_pre_hook(self._before_call, with_kwargs=True))
         self.ledger.hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self.ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
         self.ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
@@ -186,6 +188,9 @@ class Binding:
             finally:
                 self._encoding = False
             self.recorder.add_vision(begin, self.recorder.watch.mark())
+            if getattr(output, "pooler_output", None) is None:
+                # A caller of its own that asked for a tuple: the model itself never does.
+                return output
             arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
             arguments.update(arguments.pop("kwargs", {}))
             layouts = self.adapter.layouts(modality, arguments, items_of(output))
@@ -197,6 +202,12 @@ class Binding:
         return watched
 
     # ------------------------------------------------------------ outer boundary
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out where the prompt ends: assisted decoding appends drafted tokens and asks for the logits of each."""
+        asked = kwargs.get("logits_to_keep")
+        cached = kwargs.get("past_key_values") is not None
+        self._drafted = asked - 1 if cached and isinstance(asked, int) and asked > 1 else 0
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._abandon()
@@ -235,6 +246,7 @@ class Binding:
             cache = getattr(output, "past_key_values", None)
             self.recorder.end_call(prefill=bool(self.outer.visual), cache=cache)
         self.outer = None
+        self._drafted = 0
 
     # ---------------------------------------------------------- decoder boundary
 
@@ -326,6 +338,8 @@ class Binding:
         self._take_cache(inner, kwargs, outer)
         if inner.cache is None and inner.events:
             inner.prompt_end = self._prompt_end(outer)
+        elif self._drafted:
+            inner.prompt_end = inner.length - 1 - self._drafted
         reference = reference_layer(inner.cache) if inner.cache is not None else None
         inner.base_shift = reference.shift if reference is not None else None
         positions = self._positions(inner, kwargs, embeds)

@@ -137,7 +137,7 @@ class Inner:
         events: reductions inside the stack, by layer.
         cache: the cache or None.
         seen: logical tokens before this call.
-        prompt_end: place of the last prompt token, where tokens generated without a cache follow it.
+        prompt_end: place of the last prompt token, where generated or drafted tokens follow it in the same call.
         base_shift: ``[B]`` int64 by which positions are lowered already; None = 0.
         undo: callbacks that end the call.
         selection_marks: begin and end marks of selections.

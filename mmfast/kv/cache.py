@@ -65,9 +65,18 @@ class LogicalLength:
         return 0 if self.keys is None or self.keys.numel() == 0 else int(self.keys.shape[-2])
 
     def account(self, batch: int, query: int, device: torch.device) -> None:
-        """Book the ``query`` tokens that are about to be stored."""
+        """Book the ``query`` tokens that are about to be stored.
+
+        Raises:
+            ValueError: if nobody announced them, though masks and positions have to follow what was dropped.
+        """
         note, self.announced = self.announced, None
         if note is None:
+            if self.seen != self.stored or self.valid is not None or self.shift is not None:
+                raise ValueError(
+                    "this cache holds a pruned prompt and can only be continued while a plan is at work on the model; "
+                    "call accelerate() again, or start from a fresh cache"
+                )
             note = Announcement(query, None, torch.arange(query, device=device).expand(batch, query))
         fresh = note.slots.to(device) + self.seen
         self.slots = fresh if self.slots is None else torch.cat([self.slots, fresh], dim=1)

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmfast.budget import check_keep, count
+from mmfast.budget import check_keep, count, resolve_layer
 from mmfast.tokens import Keep, Layout, VisualTokens
 
 Positions = Literal["keep", "compact"] | None
@@ -408,6 +408,27 @@ class LayerScorer(LayerDropper):
     def choose(self, tokens: LayerTokens, kept: int, event: LayerEvent) -> Tensor:
         """Keep the candidates of highest score."""
         return top_indices(self.score(tokens, event), kept)
+
+
+@dataclass(frozen=True)
+class DropOnce(LayerDropper):
+    """Drop at a single place; combine with a scorer: ``class Mine(DropOnce, LayerScorer)``.
+
+    Attributes:
+        keep: visual tokens left after the drop; int = count per image, float = fraction.
+        layer: first layer that reads the shortened prompt, as index (int) or relative depth (float).
+    """
+
+    keep: int | float = 0.5
+    layer: int | float = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.keep)
+
+    def events(self, depth: int) -> list[LayerEvent]:
+        """Return the single event."""
+        return [LayerEvent(resolve_layer(self.layer, depth), self.keep)]
 
 
 @dataclass(frozen=True)

@@ -6,36 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmfast.budget import check_keep, resolve_layer
 from mmfast.registry import register
-from mmfast.token_pruning.base import LayerEvent, LayerScorer, LayerTokens, RowRequest
+from mmfast.token_pruning.base import DropOnce, LayerEvent, LayerScorer, LayerTokens, RowRequest
 
 
 @register("fastv", stage="in_llm", paper="arXiv 2403.06764", source="pkunlp-icler/FastV")
 @dataclass(frozen=True)
-class FastV(LayerScorer):
+class FastV(DropOnce, LayerScorer):
     """Drop once, by the attention of the last prompt token, after a few layers.
 
     The paper speaks of the attention received from all tokens; its numbers, and every variant of the
     official code, come from the last row alone, which is what is used here.
 
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
-
-    Attributes:
-        keep: visual tokens left after the drop; int = count per image, float = fraction.
-        layer: first layer that reads the shortened prompt, as index (int) or relative depth (float).
     """
-
-    keep: int | float = 0.5
-    layer: int | float = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-
-    def events(self, depth: int) -> list[LayerEvent]:
-        """Return the single event."""
-        return [LayerEvent(resolve_layer(self.layer, depth), self.keep)]
 
     def rows(self, event: LayerEvent) -> RowRequest:
         """Ask for the row of the layer before."""
