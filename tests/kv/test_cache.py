@@ -25,11 +25,17 @@ def pruned_layer() -> LogicalLayer:
     return layer
 
 
+def follow(layer: LogicalLayer, tokens: int) -> None:
+    """Store tokens after the prompt, as a plan at work announces them."""
+    layer.announced = Announcement(tokens, None, torch.arange(tokens).expand(2, tokens))
+    layer.update(*states(2, tokens))
+
+
 def test_the_outside_sees_the_logical_length() -> None:
     layer = pruned_layer()
     assert (layer.get_seq_length(), layer.stored) == (10, 3)
     assert layer.get_mask_sizes(2) == (5, 7)
-    layer.update(*states(2, 1))
+    follow(layer, 1)
     assert (layer.get_seq_length(), layer.stored) == (11, 4)
     assert layer.slots.tolist() == [[0, 3, 9, 10], [1, 5, 9, 10]]
     assert layer.valid.tolist() == [[True, True, True, True], [False, True, True, True]]
@@ -37,7 +43,7 @@ def test_the_outside_sees_the_logical_length() -> None:
 
 def test_generated_tokens_can_be_taken_back_but_pruned_ones_cannot() -> None:
     layer = pruned_layer()
-    layer.update(*states(2, 4))
+    follow(layer, 4)
     layer.crop(-3)
     assert (layer.get_seq_length(), layer.stored, layer.valid.shape[1]) == (11, 4, 4)
     layer.crop(0)
@@ -45,6 +51,13 @@ def test_generated_tokens_can_be_taken_back_but_pruned_ones_cannot() -> None:
     assert layer.get_seq_length() == 10
     with pytest.raises(ValueError, match="cannot take back 2 tokens"):
         layer.crop(-2)
+    assert (layer.get_seq_length(), layer.stored) == (10, 3)
+
+
+def test_a_pruned_prompt_is_not_continued_unannounced() -> None:
+    layer = pruned_layer()
+    with pytest.raises(ValueError, match="can only be continued while a plan is at work on the model"):
+        layer.update(*states(2, 1))
     assert (layer.get_seq_length(), layer.stored) == (10, 3)
 
 

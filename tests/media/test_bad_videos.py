@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -196,9 +197,16 @@ def test_frames_that_are_garbage(clips, tmp_path: Path) -> None:
     assert "of which no frame can be decoded" in refusal(path)
 
 
-def test_colours_that_cannot_be_converted(clips, tmp_path: Path) -> None:
-    path = clips.make(tmp_path / "colours.mp4", options={"x264-params": "colormatrix=smpte2085"}, frames=3)
-    assert "cannot be converted to RGB (" in refusal(path)
+@pytest.mark.parametrize("error", [av.error.OSError(95, "Operation not supported"), ValueError("unknown")])
+def test_colours_that_cannot_be_converted(monkeypatch: pytest.MonkeyPatch, clips, error: Exception) -> None:
+    # Which colour spaces these are differs between releases of FFmpeg.
+    def fails(**options: object) -> None:
+        raise error
+
+    stand_in = SimpleNamespace(format=SimpleNamespace(name="yuv420p"), time=0.0, to_ndarray=fails)
+    monkeypatch.setattr(pyav._Decoding, "frames", lambda self: iter([stand_in]))
+    message = refusal(clips.get("mkv"))
+    assert "frames of this colour space (yuv420p) cannot be converted to RGB" in message
 
 
 def test_missing_file() -> None:

@@ -34,11 +34,13 @@ class Expected:
 
     Attributes:
         logits: ``[T + 1, V]`` after the prompt and after each of the T given tokens.
+        inner: ``[n, V]`` after each token of the prompt that entered the decoder.
         alive: per layer, the places in the unpadded prompt that it reads.
         items: the images and videos of the prompt.
     """
 
     logits: Tensor
+    inner: Tensor
     alive: list[Tensor]
     items: list[Item]
 
@@ -101,7 +103,8 @@ def expected(
     if before is not None:
         run.cut(before)
     logits, alive = run.decode(dropper, turns or [(0, run.length)])
-    return Expected(logits, alive, run.items)
+    prompt = len(run.slots)
+    return Expected(logits[prompt - 1 :], logits[:prompt], alive, run.items)
 
 
 class _Run:
@@ -172,7 +175,7 @@ class _Run:
         self, dropper: LayerDropper | None, turns: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the decoder over the prompt and the given tokens."""
-        prompt, extra = len(self.slots), len(self.given)
+        extra = len(self.given)
         embeds = self.embeds
         positions = self.positions
         if extra:
@@ -189,7 +192,7 @@ class _Run:
             arguments["visual_pos_masks"] = torch.cat([self.visual, none])[None]
         with layers:
             hidden = self.decoder(**arguments).last_hidden_state[0]
-        return self.model.lm_head(hidden[prompt - 1 :]), layers.history
+        return self.model.lm_head(hidden), layers.history
 
     def _following(self, count: int) -> Tensor:
         """Positions of the tokens after the prompt: one after the other from the largest."""
@@ -258,11 +261,11 @@ class _Layers:
             hidden = args[0] if args else kwargs["hidden_states"]
             event = self.events.get(index)
             if event is not None:
-                weights = self._weights(event, layer, hidden, kwargs)
-                dropped = [self._dropped(turn, event, hidden, weights) for turn in self.turns]
                 first = self.positions[0, self.alive.nonzero()[0, 0]]
-                for gone in dropped:
-                    self.alive[gone] = False
+                for turn in self.turns:
+                    # What earlier turns dropped here is no longer in this layer's cache.
+                    weights = self._weights(event, layer, hidden, kwargs)
+                    self.alive[self._dropped(turn, event, hidden, weights)] = False
                 if self.dropper.positions == "compact":
                     self.renumbered = True
                     self.positions = (first + self.alive.long().cumsum(0) - 1)[None]

@@ -122,8 +122,9 @@ class LlavaOnevision(LlavaNext):
         tiles = [media.tensors["pixel_values"].shape[1] for row in rows for media in row if media.modality == "image"]
         if not tiles:
             return super().join(rows)
-        filled = [[_filled(media, max(tiles)) for media in row] for row in rows]
-        return {**super().join(filled), "batch_num_images": torch.tensor(counts)}
+        joined = super().join([[_filled(media, max(tiles)) for media in row] for row in rows])
+        # Images of several turns are all cut into tiles, which is what leaving the numbers out means.
+        return joined if min(tiles) > 1 else {**joined, "batch_num_images": torch.tensor(counts)}
 
 
 def _single_tile(media: Media) -> Media:
