@@ -193,45 +193,43 @@ def square_or_unknown(tokens: int, modality: str = "image") -> Layout:
     return Layout.grid(side, side, modality=modality) if side * side == tokens else Layout.unknown(tokens, modality)
 
 
-def packed_layout(packed: Tensor, tiles_wide: int, tiles_high: int, side: int) -> Layout:
+def packed_layout(packed: Tensor) -> Layout:
     """Read the layout of an AnyRes image from coordinates that went through the family's own packing.
 
     Args:
         packed: ``[n, 4]`` (1, column, row, tile) per token as packed; newline tokens have 0 in channel 0.
-            Tile 0 is the whole image; columns and rows of crops count over the grid of all crops.
-        tiles_wide: number of crops side by side.
-        tiles_high: number of crops above each other.
-        side: tokens per side of a tile.
+            Tile 0 is the whole image; columns and rows of crops count over the grid of all crops. What
+            unpadding cut off is missing, and where the packing shrank the crops places lie in between.
 
     Example:
-        >>> packed_layout(torch.tensor([[1.0, 0, 0, 0], [0.0, 0, 0, 0]]), 1, 1, 1).is_newline.tolist()
+        >>> packed_layout(torch.tensor([[1.0, 0, 0, 0], [0.0, 0, 0, 0]])).is_newline.tolist()
         [False, True]
     """
     newline = packed[:, 0] < 0.5
-    crop = (packed[:, 3] > 0.5) & ~newline
-    # A newline follows the last token of its row and belongs to the crops.
-    rows = packed[:, 2].clone()
-    tiles = crop.long()
+    tile = (packed[:, 3] > 0.5).long().masked_fill(newline, -1)
+    row, col = torch.full_like(tile, -1), torch.full_like(tile, -1)
+    boxes = torch.zeros(len(packed), 4)
+    for number in (0, 1):
+        mine = tile == number
+        if not bool(mine.any()):
+            continue
+        row[mine], col[mine] = _ranks(packed[mine, 2]), _ranks(packed[mine, 1])
+        # The grid that is left covers the image: what was cut off was padding.
+        high, wide = int(row[mine].max()) + 1, int(col[mine].max()) + 1
+        x, y = col[mine], row[mine]
+        boxes[mine] = torch.stack([x / wide, y / high, (x + 1) / wide, (y + 1) / high], dim=-1)
+    # A newline follows the last token of its row of crops; after a whole image it belongs to no row.
     for place in newline.nonzero().squeeze(-1).tolist():
-        rows[place] = rows[place - 1] if crop[place - 1] else -1.0
-        tiles[place] = 1 if crop[place - 1] else -1
-    wide = torch.where(crop, torch.tensor(float(tiles_wide * side)), torch.tensor(float(side)))
-    high = torch.where(crop, torch.tensor(float(tiles_high * side)), torch.tensor(float(side)))
-    boxes = torch.stack(
-        [packed[:, 1] / wide, packed[:, 2] / high, (packed[:, 1] + 1) / wide, (packed[:, 2] + 1) / high],
-        dim=-1,
-    )
-    row, col = _ranks(rows, tiles), torch.where(newline, -1, _ranks(packed[:, 1], tiles))
-    return Layout("image", torch.zeros_like(tiles), tiles, row, col, newline, boxes.masked_fill(newline[:, None], 0.0))
+        if tile[place - 1] == 1:
+            tile[place], row[place] = 1, row[place - 1]
+    return Layout("image", torch.zeros_like(tile), tile, row, col, newline, boxes)
 
 
-def _ranks(values: Tensor, tiles: Tensor) -> Tensor:
-    """Turn (possibly fractional) coordinates into 0-based row or column numbers inside each tile."""
-    ranks = torch.full(values.shape, -1)
-    for tile in (0, 1):
-        mine = tiles == tile
-        if bool(mine.any()):
-            ranks[mine] = torch.unique(values[mine], return_inverse=True)[1]
+def _ranks(values: Tensor) -> Tensor:
+    """Number coordinates, which may be fractional and inexact, from 0; neighbours are at least 1 apart."""
+    ordered, order = values.sort()
+    ranks = torch.zeros_like(order)
+    ranks[order] = torch.cat([ordered.new_zeros(1), ordered.diff() > 0.5]).long().cumsum(0)
     return ranks
 
 

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
@@ -39,6 +39,10 @@ from mmfast.token_pruning.base import BeforeLLM, LayerDropper
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
 _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
+
+
+# Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
+_CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class Binding:
@@ -264,6 +268,8 @@ class Binding:
         self._enter(inner, new, outer)
         self.inner = inner
         self.layers.arm(inner, new)
+        if inner.undo:
+            self._refuse_checkpointing()
         return args, new
 
     def _plan_call(self, outer: Outer, embeds: Tensor, cache: Any) -> Inner | None:
@@ -291,8 +297,6 @@ class Binding:
                     for layer, event in self.events.items()
                     if any(self.dropper.drops(event, totals) for totals in inner.media_totals)
                 }
-            if inner.events:
-                self._refuse_checkpointing()
         if not changed and not inner.events and not is_logical(cache):
             self.recorder.note_full(inner, valid)
             return None
@@ -308,14 +312,11 @@ class Binding:
 
     def _refuse_checkpointing(self) -> None:
         decoder = self.adapter.decoder
-        if (
-            decoder.training
-            and getattr(decoder, "gradient_checkpointing", False)
-            and Version(transformers.__version__) < Version("5.20")
-        ):
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False) and _CHECKPOINTS_RUN_HOOKS:
             raise ValueError(
-                "dropping tokens inside the LLM with gradient checkpointing needs transformers >= 5.20 (older versions "
-                "run layer hooks again in the backward pass); turn checkpointing off or drop before the LLM"
+                "this plan on this model with gradient checkpointing needs a newer transformers (it hooks layers, "
+                "and this one runs their hooks again in the backward pass; 5.23 does not); turn checkpointing off, or "
+                "drop before the LLM in a model without deepstack features"
             )
 
     @staticmethod

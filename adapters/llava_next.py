@@ -33,7 +33,7 @@ class LlavaNext(Adapter):
                 # The model packs a single tile when its processor made only one.
                 packed = self._pack(tiles[:1], size, arguments)
             known = len(packed) == len(item)
-            found.append(packed_layout(packed, wide, high, side) if known else Layout.unknown(len(item)))
+            found.append(packed_layout(packed) if known else Layout.unknown(len(item)))
         return found
 
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
@@ -71,7 +71,7 @@ class LlavaNextVideo(LlavaNext):
 
 def frames_per_video(arguments: Mapping[str, Any]) -> int:
     """Read the number of frames from the pixels ``[videos, frames, 3, H, W]``."""
-    # transformers before 5.20 calls them as it calls those of images.
+    # transformers 5.17 calls them as it calls those of images.
     pixels = arguments.get("pixel_values_videos", arguments.get("pixel_values"))
     if pixels is None:
         raise ValueError(f"get_video_features was called without pixels; arguments: {', '.join(arguments)}")

@@ -18,7 +18,7 @@ class LlavaOnevision(LlavaNext):
 
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Lay out frames pooled to half their side, rounded up, and the newline at the end of each video."""
-        # Not from the number of features: transformers before 5.20 adds the newline later.
+        # Not from the number of features: transformers 5.17 adds the newline later.
         vision = self.model.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         layout = Layout.grid(side, side, frames=frames_per_video(arguments), modality="video").with_newline()

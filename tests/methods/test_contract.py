@@ -6,9 +6,10 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
-import mmfast
 import pytest
 import torch
+
+import mmfast
 from mmfast.adapters import families, for_model
 from support.cases import CASES, case_id, mixed, one, text_only, two
 from support.checks import CLOSE, FAR, census, check_against_reference, first_logits, generate, registries
@@ -222,9 +223,7 @@ def test_an_exception_inside_a_method_leaves_nothing(
 
 @every_family
 @pytest.mark.parametrize("plan", BOTH_STAGES)
-def test_a_half_failed_apply_leaves_nothing(
-    family: Family, plan: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_failed_apply_leaves_nothing(family: Family, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = family.model(), one(family)
     logits, stock, tables = first_logits(model, batch.inputs), census(model), registries()
     calls, last = 0, 0
@@ -259,7 +258,7 @@ def test_a_half_failed_apply_leaves_nothing(
 @every_family
 def test_a_refused_method_leaves_nothing(family: Family) -> None:
     model, stock = family.model(), census(family.model())
-    with pytest.raises(ValueError, match="layer=5 means layer 5, which must lie in 1..4"):
+    with pytest.raises(ValueError, match=r"layer=5 means layer 5, which must lie in 1\.\.4"):
         mmfast.accelerate(model, "fastv(layer=5)")
     if not for_model(model).can_compact:
         for method in ("uniform", "fastv"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import mmfast
 import pytest
 import torch
+
+import mmfast
 from support.cases import CASES, case_id, mixed, two
 from support.checks import CLOSE, FAR, census, check_against_reference, first_logits
 from support.families import FAMILIES, Batch, Family

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mmfast
 import pytest
 import torch
+from torch import Tensor
+
+import mmfast
 from support.cases import case_id, mixed, one, two
 from support.checks import CLOSE, STEPS, Generated, generate
 from support.families import FAMILIES, Batch, Family
 from support.prompts import IMAGE, VOCABULARY
 from support.reference import decoder_inputs, expected
-from torch import Tensor
 
 BEFORE, INSIDE = "divprune(keep=0.4)", "fastv(keep=0.4)"
 BOTH = "uniform(keep=0.6) + pyramiddrop(keep=0.25)"
@@ -77,9 +78,10 @@ def following(model: Any, mask: Tensor) -> dict[str, Tensor]:
 
 @every_family
 @every_plan
-def test_beams(family: Family, plan: str) -> None:
+@pytest.mark.parametrize("case", [pair, mixed], ids=["one-image", "uneven"])
+def test_beams(family: Family, plan: str, case: Callable[[Family], Batch]) -> None:
     """The score of each beam is the sum of the reference's log-probabilities."""
-    model, batch = family.model(), pair(family)
+    model, batch = family.model(), case(family)
 
     def off(plan: str) -> float:
         done = model.generate(

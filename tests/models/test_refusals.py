@@ -7,16 +7,17 @@ import inspect
 import weakref
 from typing import Any
 
-import mmfast
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mmfast
 from mmfast.adapters import families, for_model
 from support.cases import case_id, mixed, one, two
 from support.checks import CLOSE, census, first_logits, generate, registries
 from support.families import FAMILIES, Family
 from support.reference import expected
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BEFORE, INSIDE = "divprune(keep=0.4)", "fastv(keep=0.4)"
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)

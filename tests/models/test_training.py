@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mmfast
 import pytest
 import torch
-import transformers
-from packaging.version import Version
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import mmfast
 from support.cases import case_id
 from support.checks import CLOSE, FAR
 from support.families import FAMILIES, Batch, Family
 from support.reference import expected
-from torch import Tensor
 
 BEFORE, INSIDE = 'divprune(keep=0.4, positions="keep")', "fastv(keep=0.4)"
 BOTH = 'uniform(keep=0.6, positions="keep") + pyramiddrop(keep=0.25)'
 LABELS = 3
-OLD = Version(transformers.__version__) < Version("5.20")
+OLD = "__call__" in vars(GradientCheckpointingLayer)
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 
@@ -32,9 +32,16 @@ def training(model: Any) -> Iterator[Any]:
     try:
         yield model
     finally:
-        model.gradient_checkpointing_disable()
+        switch_checkpointing(model, on=False)
         model.zero_grad(set_to_none=True)
         model.eval()
+
+
+def switch_checkpointing(model: Any, *, on: bool) -> None:
+    """Newer releases of transformers have another name for it and warn about the old one."""
+    word = "enable" if on else "disable"
+    switch = getattr(model, f"activation_checkpointing_{word}", None)
+    (switch or getattr(model, f"gradient_checkpointing_{word}"))()
 
 
 def prompts(family: Family) -> Batch:
@@ -116,17 +123,25 @@ def test_loss_and_gradients_equal_the_masked_reference(family: Family, plan: str
     assert abs(loss - wanted_loss) < CLOSE
     assert largest_difference(gradients, wanted) < CLOSE
     # What is compared is neither nothing nor what an untouched model gives; the vision tower learns too.
-    assert abs(loss - full_loss) > FAR / 10
+    assert abs(loss - full_loss) > 10 * CLOSE
     assert largest_difference(gradients, full) > FAR / 10
-    assert sum(float(gradient.abs().sum()) for name, gradient in gradients.items() if "vis" in name) > 0.0
+    assert max(float(gradient.abs().max()) for name, gradient in gradients.items() if in_tower(name)) > FAR / 10
+
+
+def in_tower(name: str) -> bool:
+    return "tower" in name or "vis" in name
 
 
 @every_family
 def test_merged_tokens_pass_gradients_on(family: Family) -> None:
     batch = prompts(family)
     with training(family.model()) as model, mmfast.accelerate(model, "pool2d(keep=0.3)"):
-        loss, gradients = step(model, labelled(batch))
-        weight = next(w for name, w in model.named_parameters() if "vis" in name and w.ndim > 1 and w.grad is not None)
+        _, gradients = step(model, labelled(batch))
+        weight = next(
+            weight
+            for name, weight in model.named_parameters()
+            if in_tower(name) and weight.ndim > 1 and weight.grad is not None
+        )
         place = int(weight.grad.abs().argmax())
         gradient = float(weight.grad.flatten()[place])
         slope = []
@@ -145,9 +160,9 @@ def test_gradient_checkpointing(family: Family, plan: str) -> None:
     batch = prompts(family)
     with training(family.model()) as model, mmfast.accelerate(model, plan):
         loss, gradients = step(model, labelled(batch))
-        model.gradient_checkpointing_enable()
-        if OLD and plan != BEFORE:
-            with pytest.raises(ValueError, match="with gradient checkpointing needs transformers >= 5.20"):
+        switch_checkpointing(model, on=True)
+        if OLD and (plan != BEFORE or family.name == "qwen3_vl"):
+            with pytest.raises(ValueError, match="with gradient checkpointing needs a newer transformers"):
                 step(model, labelled(batch))
             return
         again, checkpointed = step(model, labelled(batch))

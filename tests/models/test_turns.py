@@ -6,15 +6,16 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import mmfast
 import pytest
 import torch
+from torch import Tensor
+
+import mmfast
 from support.cases import case_id
 from support.checks import CLOSE, FAR, Generated, generate
 from support.families import FAMILIES, Batch, Family
 from support.prompts import IMAGE, VOCABULARY, Media, Piece, left_padded, text, tokens
 from support.reference import expected
-from torch import Tensor
 
 BEFORE, INSIDE = "divprune(keep=0.4)", "fastv(keep=0.4)"
 BOTH = "uniform(keep=0.6) + pyramiddrop(keep=0.25)"
@@ -117,7 +118,9 @@ def test_a_second_image(family: Family, plan: str) -> None:
             inputs = encoded_ahead(model, batch, inputs)
             done = generate(model, {**inputs, "past_key_values": answer.output.past_key_values}, STEPS)
             report = fast.report()
-        turns = [[(0, len(old)), (len(old) + STEPS - 1, len(ids))] for old, ids in zip(first.ids, batch.ids, strict=True)]
+        turns = [
+            [(0, len(old)), (len(old) + STEPS - 1, len(ids))] for old, ids in zip(first.ids, batch.ids, strict=True)
+        ]
         # The report speaks of the second prompt alone.
         assert plan == "full" or [record.row for record in report.media].count(0) == len(batch.media[0][-1].layouts)
         return largest_error(done, batch, plan, turns)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import mmfast
 import torch
-from support.families import Batch
-from support.reference import expected
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import mmfast
+from support.families import Batch
+from support.reference import expected
 
 STEPS = 8
 CLOSE = 1e-4
@@ -38,9 +39,7 @@ class Generated:
 def generate(model: Any, inputs: dict[str, Any], steps: int = STEPS, **options: Any) -> Generated:
     """Generate and keep the logits."""
     options = {"do_sample": False, **options}
-    output = model.generate(
-        **inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **options
-    )
+    output = model.generate(**inputs, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True, **options)
     logits = torch.stack(output.logits, dim=1)
     return Generated(output.sequences[:, -logits.shape[1] :], logits, output)
 

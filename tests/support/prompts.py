@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from mmfast.tokens import Layout
 from torch import Tensor
+
+from mmfast.tokens import Layout
 
 PAD, BOS, EOS = 0, 1, 2
 IMAGE, VIDEO, BEGIN, END, BREAK, TAG = 120, 121, 122, 123, 124, 125

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from mmfast.plan import Plan
-from mmfast.tokens import Layout, VisualTokens
 from mmfast.token_pruning.base import BeforeLLM, LayerDropper, LayerEvent, LayerTokens
+from mmfast.tokens import Layout, VisualTokens
 from support.families import Batch
 from support.prompts import IMAGE, VIDEO, Media, ids_of
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,7 @@ class _Run:
 
     # ------------------------------------------------------------- inside the decoder
 
-    def decode(
-        self, dropper: LayerDropper | None, turns: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, dropper: LayerDropper | None, turns: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """Run the decoder over the prompt and the given tokens."""
         extra = len(self.given)
         embeds = self.embeds

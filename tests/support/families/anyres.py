@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
 from mmfast.tokens import Layout
 from support.families.base import Family, pixels, placeholders, text_config, vision_config
 from support.prompts import IMAGE, VIDEO, Media, Piece
-from torch import Tensor
 
 SIDE, PATCH, FRAMES = 4, 2, 3
 TILE = SIDE * PATCH

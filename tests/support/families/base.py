@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from support.prompts import BOS, EOS, IMAGE, PAD, VIDEO, VOCABULARY, Media, Piece, left_padded, noise, tokens
 from torch import Tensor, nn
+
+from support.prompts import BOS, EOS, IMAGE, PAD, VIDEO, VOCABULARY, Media, Piece, left_padded, noise, tokens
 
 LAYERS, HIDDEN, HEADS, KV_HEADS = 5, 64, 4, 2
 SPREAD = 0.15
@@ -96,6 +97,10 @@ class Family:
         """Adapt media to the prompt they stand in."""
         return list(row)
 
+    def first_prompt(self) -> Batch:
+        """Return what the model is run on once before any test."""
+        return self.batch([2, self.image(), 2])
+
     # ------------------------------------------------------------------ ready-made
 
     def batch(self, *rows: Sequence[Piece]) -> Batch:
@@ -117,7 +122,7 @@ class Family:
         model = model.to(dtype).eval()
         with torch.no_grad():
             # transformers puts hooks of its own on the vision tower when it first runs.
-            model(**cast(self.batch([2, self.image(), 2]).inputs, dtype))
+            model(**cast(self.first_prompt().inputs, dtype))
         return model
 
     def __repr__(self) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
+from torch import Tensor
+
 from mmfast.tokens import Layout
 from support.families.base import HEADS, HIDDEN, Family, pixels, placeholders, text_config, vision_config
 from support.prompts import BEGIN, END, IMAGE, Media, Piece, left_padded
-from torch import Tensor
 
 SIDE = 4
 WINDOW = 8

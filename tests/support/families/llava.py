@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from mmfast.tokens import Layout
 from support.families.base import Family, pixels, placeholders, text_config, vision_config
 from support.prompts import IMAGE, VIDEO, Media

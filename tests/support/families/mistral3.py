@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+from torch.nn.functional import pad
+
 from mmfast.tokens import Layout
 from support.families.base import HEADS, HIDDEN, Family, pixels, text_config, vision_config
 from support.prompts import BREAK, END, IMAGE, Media
-from torch import Tensor
-from torch.nn.functional import pad
 
 PATCH, MERGE = 4, 2
 SIZES = ((4, 5), (3, 4))

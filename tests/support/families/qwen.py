@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
 from mmfast.tokens import Layout
 from support.families.base import HIDDEN, Family, pixels, placeholders, text_config
 from support.prompts import BEGIN, END, IMAGE, TAG, VIDEO, Media, left_padded
-from torch import Tensor
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2
 SIZES = ((6, 8), (8, 4))

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
 from mmfast.tokens import Layout
 from support.families.base import Family, pixels, placeholders, text_config, vision_config
 from support.prompts import BEGIN, END, IMAGE, TAG, Media
-from torch import Tensor
 
 SIDE = 4
 """Tokens per side of a tile, after two by two patches became one token."""
