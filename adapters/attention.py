@@ -49,12 +49,22 @@ def tap_name(implementation: str) -> str:
 
 
 def register_tap(implementation: str, ledger: Ledger) -> None:
-    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again."""
+    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again.
+
+    Raises:
+        ValueError: if no mask function stands beside the attention function; nothing is registered then.
+    """
     name = tap_name(implementation)
     if _users.get(name, 0) == 0:
-        ALL_ATTENTION_FUNCTIONS.register(name, _make_tap(implementation))
         # Without a mask function of the same name transformers silently passes no mask at all.
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        if mask is None:
+            raise ValueError(
+                f"attention implementation {implementation!r} has no mask function; register one under that name with "
+                "transformers.AttentionMaskInterface.register, or load the model with attn_implementation='sdpa'"
+            )
+        ALL_ATTENTION_FUNCTIONS.register(name, _make_tap(implementation))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     _users[name] = _users.get(name, 0) + 1
 
     def release() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import mmfast
 from mmfast.adapters.attention import Capture, attention_rows, register_tap, tap_name, unwatch, watch
 from mmfast.adapters.ledger import Ledger
 from support.cases import case_id, two
-from support.checks import CLOSE, registries
+from support.checks import CLOSE, census, registries
 from support.families import FAMILIES, Family
-from torch import Tensor
 
 
 def full_attention(query: Tensor, key: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -96,9 +99,15 @@ def test_the_tap_keeps_the_word_that_transformers_looks_for() -> None:
     assert "sdpa" in tap_name("sdpa")
 
 
-@pytest.mark.parametrize("implementation", ["flex_attention", "paged|sdpa"])
-def test_masks_that_cannot_be_gathered_are_refused(implementation: str) -> None:
-    tables = registries()
-    with pytest.raises(ValueError, match="cannot be combined with dropping tokens inside the LLM"):
-        register_tap(implementation, Ledger())
-    assert registries() == tables
+def test_an_implementation_without_masks_is_refused() -> None:
+    """transformers would pass it no mask, without a word."""
+    ALL_ATTENTION_FUNCTIONS.register("bare", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        tables, model = registries(), FAMILIES["llava"].model("bare")
+        stock = census(model)
+        with pytest.raises(ValueError, match="attention implementation 'bare' has no mask function"):
+            mmfast.accelerate(model, "fastv()")
+        assert registries() == tables
+        assert census(model) == stock
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop("bare")

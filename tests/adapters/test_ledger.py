@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mmfast.adapters.ledger import Ledger
 from torch import nn
+
+from mmfast.adapters.ledger import Ledger
 
 
 class Thing:

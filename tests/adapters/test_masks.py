@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from mmfast.adapters.cache import LogicalLayer
 from mmfast.adapters.call import Level
 from mmfast.adapters.masks import (
@@ -19,7 +21,6 @@ from mmfast.adapters.masks import (
     pack,
 )
 from mmfast.kv.cache import Announcement
-from torch import Tensor
 
 CPU = torch.device("cpu")
 choices = st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4)

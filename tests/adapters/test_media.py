@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmfast.adapters.media import feature_source, items_of, modalities, placeholder_masks, segments, tag, tagged
-from mmfast.tokens import Layout
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmfast.adapters.media import feature_source, items_of, modalities, placeholder_masks, segments, tag, tagged
+from mmfast.tokens import Layout
 
 
 def places(*rows: str) -> Tensor:
