@@ -1,4 +1,4 @@
-"""The attention tap: read rows of attention beside the model's own attention function."""
+"""The attention tap: read what a module attends with, beside the model's own attention function."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmfast.adapters.ledger import Ledger
+from mmfast.token_pruning.attention import AttentionView
 
 _PREFIX = "mmfast_"
 _users: dict[str, int] = {}
@@ -27,17 +27,60 @@ class CaptureDone(Exception):
 
 @dataclass
 class Capture:
-    """One reading of one attention module.
+    """One reading of one attention module: references to what it attends with, no copies.
 
     Attributes:
-        rows: ``[B]`` int64, the query row to read of each prompt.
+        slots: ``[B, Q]`` int64 places in the prompt of the tokens that attend.
         stop: end the attention module right after reading.
-        result: ``[B, H, KV]`` float32 probabilities, once read.
+        query: ``[B, H, Q, d]``, once read.
+        key, value: ``[B, G, past + Q, d]``.
+        mask: as the attention function got it: None, ``[B, KV]`` or ``[B or 1, 1 or H, Q, KV]``.
+        scaling: factor of the logits.
+        softcap: cap of the logits.
     """
 
-    rows: Tensor
+    slots: Tensor
     stop: bool = False
-    result: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mask: Tensor | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+
+    def view(self, row: int, places: Tensor | None) -> AttentionView:
+        """Return the attention of one prompt.
+
+        Args:
+            row: row of the batch.
+            places: ``[n]`` int64, which of the Q tokens belong to the prompt; None = all.
+        """
+        if self.query is None or self.key is None or self.value is None:
+            raise RuntimeError("an attention module was not run between the request for its attention and its use")
+        query, key, value = self.query[row], self.key[row], self.value[row]
+        past = key.shape[1] - query.shape[1]
+        mask = self._mask(row, query.shape[1], past)
+        # Read without the past, the columns of the past stand in the mask all the same.
+        mask = None if mask is None else mask[:, -key.shape[1] :]
+        if places is not None:
+            places = places.to(query.device)
+            columns = torch.cat([torch.arange(past, device=query.device), places + past])
+            query, key, value = query[:, places], key[:, columns], value[:, columns]
+            mask = None if mask is None else mask[places][:, columns]
+        return AttentionView(query, key, value, self.scaling, self.softcap, mask)
+
+    def _mask(self, row: int, queries: int, past: int) -> Tensor | None:
+        """Return ``[Q, past + Q]``, or None where causality says it all."""
+        mask = self.mask
+        if mask is None or mask.numel() == 0:
+            return None
+        if mask.ndim == 4:
+            return mask[row if mask.shape[0] > 1 else 0, 0]
+        visible = mask[row, -(past + queries) :].bool()
+        if bool(visible.all()):
+            return None
+        places = torch.arange(past + queries, device=mask.device)
+        return (places <= places[past:, None]) & visible
 
 
 def tap_name(implementation: str) -> str:
@@ -99,10 +142,10 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
     ) -> Any:
         capture = _captures.get(module)
         if capture is not None:
-            scaling = kwargs.get("scaling")
-            capture.result = attention_rows(
-                query, key, attention_mask, capture.rows, scaling=scaling, softcap=kwargs.get("softcap")
-            )
+            # Without a gradient the references cost nothing; with one they would keep the graph alive.
+            capture.query, capture.key, capture.value = query.detach(), key.detach(), value.detach()
+            capture.mask = attention_mask
+            capture.scaling, capture.softcap = kwargs.get("scaling"), kwargs.get("softcap")
             if capture.stop:
                 raise CaptureDone
         return _original(implementation, module)(module, query, key, value, attention_mask, *args, **kwargs)
@@ -118,50 +161,3 @@ def _original(implementation: str, module: nn.Module) -> Callable[..., Any]:
         return found
     chosen: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
     return chosen
-
-
-@torch.no_grad()
-def attention_rows(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    rows: Tensor,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Compute one row of attention per prompt, in float32 and without the full matrix.
-
-    Args:
-        query: ``[B, H, Q, d]`` rotated queries.
-        key: ``[B, G, KV, d]`` rotated keys; G divides H.
-        mask: None (causal), ``[B, KV]`` (1 = real) or ``[B or 1, 1 or H, Q, KV]`` bool (True = visible) or additive.
-        rows: ``[B]`` int64 query rows.
-        scaling: factor of the logits, ``d ** -0.5`` when None.
-        softcap: cap of the logits, for models that have one.
-
-    Returns:
-        float32 ``[B, H, KV]``, each row summing to one.
-
-    Example:
-        >>> q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 3, 4)
-        >>> attention_rows(q, k, None, torch.tensor([1]))[0, 0].tolist()
-        [0.5, 0.5, 0.0]
-    """
-    batch, _heads, queries, width = query.shape
-    length = key.shape[2]
-    every = torch.arange(batch, device=query.device)
-    picked = rearrange(query[every, :, rows], "b (g r) d -> b g r d", g=key.shape[1]).float()
-    logits = torch.einsum("bgrd,bgkd->bgrk", picked, key.float()) * (width**-0.5 if scaling is None else scaling)
-    logits = rearrange(logits, "b g r k -> b (g r) k")
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    visible = torch.arange(length, device=query.device) <= (rows + length - queries)[:, None]
-    if mask is None:
-        logits = logits.masked_fill(~visible[:, None], -torch.inf)
-    elif mask.ndim == 2:
-        logits = logits.masked_fill(~(visible & mask[:, -length:].bool())[:, None], -torch.inf)
-    else:
-        row = mask.expand(batch, -1, -1, -1)[every, :, rows]
-        logits = logits.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else logits + row.float()
-    return logits.softmax(dim=-1)

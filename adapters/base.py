@@ -55,14 +55,16 @@ class Adapter:
         can_compact: positions may be renumbered; not so with multi-dimensional RoPE. See also ``slides``.
         masks_before_decoder: the family builds 4-D masks before it calls its decoder.
         no_layer_drops: why tokens cannot be dropped between layers; empty where they can.
-        signals: names of the signals the family can give to methods before the LLM.
+        signals: names of the signals the family can give to methods.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     can_compact: ClassVar[bool] = True
     masks_before_decoder: ClassVar[bool] = False
     no_layer_drops: ClassVar[str] = ""
-    signals: ClassVar[frozenset[str]] = frozenset({"text_embeds"})
+    signals: ClassVar[frozenset[str]] = frozenset(
+        {"text_embeds", "attention", "embeds", "final_norm", "layer_norm", "activations"}
+    )
 
     # The parts are Any: what they offer is the families' business and in no static type.
     def __init__(self, model: nn.Module) -> None:
@@ -134,6 +136,32 @@ class Adapter:
         """Normalise hidden states ``[B, S, D]`` as the layer does before its attention."""
         normed: Tensor = layer.input_layernorm(hidden)  # type: ignore[operator]
         return normed
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Normalise hidden states ``[B, S, D]`` as the decoder does after its last layer."""
+        normed: Tensor = self.decoder.norm(hidden)
+        return normed
+
+    def feed_forward(self, layer: nn.Module) -> nn.Module:
+        """Return the feed-forward part of a decoder layer."""
+        found: nn.Module = layer.mlp  # type: ignore[assignment]
+        return found
+
+    def down_projection(self, layer: nn.Module) -> nn.Module:
+        """Return the projection whose input are the activations of the feed-forward part.
+
+        Raises:
+            ValueError: if there is no single one, as in mixtures of experts.
+        """
+        part = self.feed_forward(layer)
+        for name in ("down_proj", "fc2"):
+            found = getattr(part, name, None)
+            if isinstance(found, nn.Module):
+                return found
+        raise ValueError(
+            f"the feed-forward part {type(part).__name__} has no single down projection, so methods that read its "
+            "activations cannot run on this model"
+        )
 
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines for new positions ``[B, S]``."""

@@ -22,6 +22,7 @@ from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions,
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
+from mmfast.adapters.pairs import with_pairs
 from mmfast.adapters.media import (
     feature_source,
     items_of,
@@ -35,7 +36,8 @@ from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.plan import Plan
 from mmfast.report import Report
-from mmfast.token_pruning.base import BeforeLLM, LayerDropper
+from mmfast.token_pruning.base import BeforeLLM
+from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
 _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
@@ -43,6 +45,12 @@ _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
 
 # Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
 _CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "before_llm": (BeforeLLM,),
+    "in_llm": (LayerDropper, LayerBypass, LayerMask),
+}
 
 
 class Binding:
@@ -63,6 +71,8 @@ class Binding:
         self.plan = plan
         self.before: BeforeLLM | None = _one(plan, "before_llm", BeforeLLM)
         self.dropper: LayerDropper | None = _one(plan, "in_llm", LayerDropper)
+        self.bypass: LayerBypass | None = _one(plan, "in_llm", LayerBypass)
+        self.mask: LayerMask | None = _one(plan, "in_llm", LayerMask)
         self.events = {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
         self.ledger = Ledger()
         self.outer: Outer | None = None
@@ -81,7 +91,7 @@ class Binding:
                     "or pass replace=True"
                 )
             running.detach()
-        self.layers = LayerRunner(adapter, self.dropper, self.recorder)
+        self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
         try:
             self._attach()
         except BaseException:
@@ -111,8 +121,14 @@ class Binding:
     def _refuse(self) -> None:
         """Check everything that can be known before anything is changed."""
         for method in self.plan.methods:
-            if method.stage not in ("before_llm", "in_llm"):
+            kinds = _KINDS.get(method.stage)
+            if kinds is None:
                 raise ValueError(f"method {method.name!r} acts at stage {method.stage!r}, which models cannot run yet")
+            if not isinstance(method, kinds):
+                raise ValueError(
+                    f"method {method.name!r} at stage {method.stage!r} must be a "
+                    f"{' or '.join(kind.__name__ for kind in kinds)}, got {type(method).__name__}"
+                )
             missing = sorted(method.needs - self.adapter.signals)
             if missing:
                 raise ValueError(
@@ -126,6 +142,15 @@ class Binding:
                     "count original positions); use positions='keep'"
                 )
         implementation = self.adapter.text_config._attn_implementation
+        for inside in (self.dropper, self.bypass):
+            if inside is not None and "activations" in inside.needs:
+                for layer in self.adapter.layers:
+                    self.adapter.down_projection(layer)
+        if "flash" in implementation and (self.mask or (self.bypass and self.bypass.bypass == "freeze")):
+            raise ValueError(
+                f"method {(self.mask or self.bypass).name!r} needs a mask that attention implementation "  # type: ignore[union-attr]
+                f"{implementation!r} cannot read; load the model with attn_implementation='sdpa' or 'eager'"
+            )
         if self.dropper is not None and (implementation == "flex_attention" or "|" in implementation):
             raise ValueError(
                 f"method {self.dropper.name!r} cannot drop tokens inside the LLM with attention implementation "
@@ -138,9 +163,10 @@ class Binding:
                 "original positions, so tokens cannot be dropped; load the model with attn_implementation='sdpa' or "
                 "'eager'"
             )
-        if self.dropper is not None and self.adapter.no_layer_drops:
+        inside = self.dropper or self.bypass or self.mask
+        if inside is not None and self.adapter.no_layer_drops:
             raise ValueError(
-                f"method {self.dropper.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
+                f"method {inside.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
             )
 
     @property
@@ -161,11 +187,21 @@ class Binding:
         self.ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
         self.ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         self.ledger.hook(decoder.register_forward_hook(self._after_decoder, always_call=True))
-        if self.dropper is not None and any(self.dropper.rows(event) for event in self.events.values()):
+        if self._reads_attention:
             implementation = self.adapter.text_config._attn_implementation
             register_tap(implementation, self.ledger)
         self._forget_compiled()
         self.ledger.enter(self._forget_compiled)
+
+    @property
+    def _reads_attention(self) -> bool:
+        """Whether the decoder has to attend through the tap in some call."""
+        if self.dropper is not None and any(self.dropper.request(event) for event in self.events.values()):
+            return True
+        if self.bypass is None:
+            return False
+        layers = self.bypass.layers_of(self.adapter.shape.layers)
+        return self.bypass.bypass == "freeze" or any(self.bypass.request(layer) for layer in layers)
 
     def _forget_compiled(self) -> None:
         """Compiled graphs do not look at hooks again: drop those that exist."""
@@ -297,7 +333,8 @@ class Binding:
                     for layer, event in self.events.items()
                     if any(self.dropper.drops(event, totals) for totals in inner.media_totals)
                 }
-        if not changed and not inner.events and not is_logical(cache):
+        acts = inner.events or (visual and length > 1 and (self.bypass or self.mask) and self._sees_media(inner))
+        if not changed and not acts and not is_logical(cache):
             self.recorder.note_full(inner, valid)
             return None
         if changed:
@@ -307,8 +344,14 @@ class Binding:
             everything = torch.arange(length, device=embeds.device).expand(batch, length)
             inner.levels[0] = Level(everything, None if bool(valid.all()) else valid, whole=True)
         inner.tables["embeds"] = embeddings
+        if any("embeds" in method.needs for method in (self.dropper, self.bypass) if method is not None):
+            inner.embeds = embeddings.detach()
         inner.selection_marks.append((begin, self.recorder.watch.mark()))
         return inner
+
+    @staticmethod
+    def _sees_media(inner: Inner) -> bool:
+        return any(sum(totals) for totals in inner.media_totals)
 
     def _refuse_checkpointing(self) -> None:
         decoder = self.adapter.decoder
@@ -361,6 +404,10 @@ class Binding:
                 None if plain else decoder_mask(reference, batch, level.length, level.real, device)
             )
         kwargs["position_ids"] = positions
+        if self.mask is not None and self._sees_media(inner) and inner.length > 1:
+            kwargs["attention_mask"] = with_pairs(
+                kwargs.get("attention_mask"), self.mask, inner, embeds, reference
+            )
         self.layers.announce(inner)
 
     def _prompt_end(self, outer: Outer) -> int | None:
@@ -424,6 +471,7 @@ class Binding:
         self.layers.disarm(inner)
         if output is None:
             return None
+        self.layers.truncate(inner)
         self.recorder.note_pruned(inner)
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:
@@ -442,10 +490,4 @@ def _forget(model: nn.Module) -> None:
 
 
 def _one(plan: Plan, stage: str, kind: type) -> Any:
-    found = plan.at(stage)
-    for method in found:
-        if not isinstance(method, kind):
-            raise ValueError(
-                f"method {method.name!r} at stage {stage!r} must be a {kind.__name__}, got {type(method).__name__}"
-            )
-    return found[0] if found else None
+    return next((method for method in plan.at(stage) if isinstance(method, kind)), None)

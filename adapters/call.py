@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmfast.adapters.masks import gather_rows, pack
 from mmfast.adapters.media import Segment
-from mmfast.token_pruning.base import LayerEvent
+from mmfast.kv.cache import Announcement
+from mmfast.token_pruning.layers import LayerEvent
 from mmfast.tokens import Layout
 
 
@@ -135,6 +136,13 @@ class Inner:
         deepstack: features to add after the first layers, one ``[V, D]`` tensor each.
         deepstack_visual: ``[B, S]`` bool places of those features.
         events: reductions inside the stack, by layer.
+        bypass_layers: layers around which tokens may go in this call.
+        routed: layer index -> the tokens that take part in it, where some go around it.
+        attending: layer index -> the tokens that attend in it, where that is less than what is alive.
+        fed: layers whose feed-forward part works on all tokens alive all the same.
+        embeds: ``[B, S, D]`` embeddings of the prompt, merged features in place, if a method wants them.
+        layouts: per row and image or video, where the tokens that entered lie (no newline tokens).
+        memory: per row, what the method remembers from one event to the next.
         cache: the cache or None.
         seen: logical tokens before this call.
         prompt_end: place of the last prompt token, where generated or drafted tokens follow it in the same call.
@@ -153,6 +161,13 @@ class Inner:
     deepstack: list[Tensor] = field(default_factory=list)
     deepstack_visual: Tensor | None = None
     events: dict[int, LayerEvent] = field(default_factory=dict)
+    bypass_layers: frozenset[int] = frozenset()
+    routed: dict[int, Level] = field(default_factory=dict)
+    attending: dict[int, Level] = field(default_factory=dict)
+    fed: set[int] = field(default_factory=set)
+    embeds: Tensor | None = None
+    layouts: list[tuple[Layout, ...]] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
     cache: Any = None
     seen: int = 0
     prompt_end: int | None = None
@@ -162,14 +177,29 @@ class Inner:
     tables: dict[Any, Any] = field(default_factory=dict)
 
     def level_at(self, layer: int) -> Level:
-        """Return the level of the tokens that enter a layer."""
+        """Return the level of the tokens that are alive at a layer."""
         return self.levels[max(start for start in self.levels if start <= layer)]
+
+    def reads_at(self, layer: int) -> Level:
+        """Return the level of the tokens that take part in a layer."""
+        return self.routed.get(layer) or self.level_at(layer)
 
     def remembered(self, key: Any, build: Any) -> Any:
         """Build a gathered table once per level."""
         if key not in self.tables:
             self.tables[key] = build()
         return self.tables[key]
+
+
+def announcement(inner: Inner, index: int) -> Announcement:
+    """Announce to one cache layer the tokens that enter its decoder layer."""
+    if index in inner.routed:
+        level = inner.routed[index]
+        # No other layer reads the same tokens: its books are its own.
+        return Announcement(inner.length, level.real, level.slots, -1 - index)
+    start = max(begin for begin in inner.levels if begin <= index)
+    level = inner.levels[start]
+    return Announcement(inner.length, level.real, level.slots, start)
 
 
 def compact_positions(positions: Tensor, real: Tensor | None, first: Tensor) -> Tensor:

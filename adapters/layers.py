@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapters.attention import Capture, CaptureDone, tap_name, unwatch, watch
 from mmfast.adapters.base import Adapter
+from mmfast.adapters.bypass import Bypasser
 from mmfast.adapters.cache import reference_layer
-from mmfast.adapters.call import Inner, Level, compact_positions
-from mmfast.adapters.ledger import Ledger
-from mmfast.adapters.masks import gather_positions, gather_rows, layer_mask
+from mmfast.adapters.call import Inner, Level, announcement, compact_positions
+from mmfast.adapters.masks import gather_positions, gather_rows, layer_mask, pack
+from mmfast.adapters.reading import Reader, Reading, replay
 from mmfast.adapters.recorder import Recorder
-from mmfast.kv.cache import Announcement
-from mmfast.token_pruning.base import LayerDropper, LayerEvent, LayerTokens
+from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerEvent
 
 
 class LayerRunner:
@@ -26,12 +25,17 @@ class LayerRunner:
     Args:
         adapter: the adapter of the model.
         dropper: the method that drops inside the language model, if any.
+        bypass: the method that lets tokens go around layers, if any.
         recorder: takes the times of selections.
     """
 
-    def __init__(self, adapter: Adapter, dropper: LayerDropper | None, recorder: Recorder) -> None:
+    def __init__(
+        self, adapter: Adapter, dropper: LayerDropper | None, bypass: LayerBypass | None, recorder: Recorder
+    ) -> None:
         self.adapter = adapter
         self.dropper = dropper
+        self.reader = None if dropper is None else Reader(adapter, dropper)
+        self.bypasser = None if bypass is None else Bypasser(adapter, bypass, recorder)
         self.recorder = recorder
 
     # ------------------------------------------------------------------- cache
@@ -41,7 +45,7 @@ class LayerRunner:
         if inner.cache is None:
             return
         for layer in inner.cache.layers:
-            layer.announced = _note(inner, 0)
+            layer.announced = announcement(inner, 0)
 
     def add_shift(self, inner: Inner, shift: Tensor, first: int = 0) -> None:
         """Lower the positions of all later tokens, from layer ``first`` on."""
@@ -56,20 +60,25 @@ class LayerRunner:
 
     def arm(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
         """Hook the layers this call must touch; ``disarm`` takes the hooks off again."""
-        affected = self._affected(inner)
+        routed = self.bypasser.arm(inner) if self.bypasser is not None else []
+        requests = {e.layer: self.dropper.request(e) for e in inner.events.values()} if self.dropper else {}
+        ahead = {request.layer for request in requests.values() if request is not None and not request.rotary}
+        affected = self._affected(inner) | ahead | set(routed)
         for index, layer in enumerate(self.adapter.layers):
             if index in affected:
                 handle = layer.register_forward_pre_hook(self._pre_hook(inner, index), with_kwargs=True)
                 inner.undo.append(handle.remove)
+            if index in routed and self.bypasser is not None:
+                handle = layer.register_forward_hook(self.bypasser.after_layer(inner, index))
+                inner.undo.append(handle.remove)
             if index < len(inner.deepstack):
                 handle = layer.register_forward_hook(self._deepstack_hook(inner, index))
                 inner.undo.append(handle.remove)
-        requests = {} if self.dropper is None else {e.layer: self.dropper.rows(e) for e in inner.events.values()}
-        if any(requests.values()):
-            self._switch_on_tap(inner)
-        for event_layer, request in requests.items():
-            if request is not None and not request.ahead:
-                self._read_rows(inner, request.layer, event_layer)
+        if self.reader is not None:
+            if any(requests.values()):
+                self.reader.switch_on_tap(inner)
+            for event_layer, request in requests.items():
+                self.reader.arm(inner, request, event_layer)
 
     def disarm(self, inner: Inner) -> None:
         """End the call: take off hooks, stop reading, drop announcements a failure left behind."""
@@ -79,6 +88,24 @@ class LayerRunner:
         if inner.cache is not None:
             for layer in inner.cache.layers:
                 layer.announced = None
+
+    def truncate(self, inner: Inner) -> None:
+        """Cut the caches of layers before an event down to its survivors, where the method wants that."""
+        if self.dropper is None or inner.cache is None or not inner.events:
+            return
+        for event_layer, first, last in self.dropper.truncations(self.adapter.shape.layers):
+            survivors = inner.level_at(event_layer)
+            for index in range(first, last):
+                before = inner.level_at(index)
+                if before is survivors:
+                    continue
+                layer = inner.cache.layers[index]
+                keep = torch.ones(before.slots.shape[0], layer.stored, dtype=torch.bool)
+                for row, slots in enumerate(survivors.slots.cpu()):
+                    alive = slots if survivors.real is None else slots[survivors.real[row].cpu()]
+                    own = torch.isin(before.slots[row].cpu(), alive)
+                    keep[row, -before.length :] = own if before.real is None else own & before.real[row].cpu()
+                layer.narrow(*pack(keep))
 
     def _affected(self, inner: Inner) -> set[int]:
         """Layers whose input, mask or positions differ from what the decoder will hand them."""
@@ -105,28 +132,6 @@ class LayerRunner:
                 affected.add(index)
         return affected
 
-    def _switch_on_tap(self, inner: Inner) -> None:
-        config = self.adapter.text_config
-        before = config._attn_implementation_internal
-
-        def switch_off() -> None:
-            config._attn_implementation_internal = before
-
-        inner.undo.append(switch_off)
-        config._attn_implementation_internal = tap_name(config._attn_implementation)
-
-    def _read_rows(self, inner: Inner, layer: int, event_layer: int) -> None:
-        """Watch a layer's attention while it runs, for the event that follows."""
-        module = self.adapter.attention(self.adapter.layers[layer])
-
-        def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            capture = Capture(_last_rows(inner.level_at(layer), inner.prompt_end))
-            inner.tables["capture", event_layer] = capture
-            watch(module, capture)
-
-        handle = module.register_forward_pre_hook(begin, with_kwargs=True)
-        inner.undo.extend([handle.remove, lambda: unwatch(module)])
-
     # ------------------------------------------------------------------- layers
 
     def _pre_hook(self, inner: Inner, index: int) -> Any:
@@ -139,17 +144,29 @@ class LayerRunner:
             if event is not None:
                 narrowed = self._event(inner, index, event, layer, hidden, new)
                 if narrowed is not None:
-                    level, step = narrowed
-                    hidden = gather_rows(hidden, step)
+                    level, step, states = narrowed
+                    hidden = gather_rows(states, step)
                     inner.levels[index] = level
                     self._tables(inner, index, level, layer, hidden, new, kwargs)
+            self._read_before(inner, index, hidden, new)
             if inner.cache is not None:
-                inner.cache.layers[index].announced = _note(inner, index)
+                inner.cache.layers[index].announced = announcement(inner, index)
+            if self.bypasser is not None and index in inner.bypass_layers:
+                hidden = self.bypasser.before_layer(inner, index, level, layer, hidden, new)
             if args:
                 return (hidden, *args[1:]), new
             return args, {**new, "hidden_states": hidden}
 
         return before_layer
+
+    def _read_before(self, inner: Inner, index: int, hidden: Tensor, new: Mapping[str, Any]) -> None:
+        """Serve the events that want something of the input of this layer before it runs."""
+        if self.dropper is None or self.reader is None:
+            return
+        for event in inner.events.values():
+            request = self.dropper.request(event)
+            if request is not None and request.layer == index:
+                self.reader.before_layer(inner, request, event.layer, hidden, new)
 
     def _tables(
         self,
@@ -229,22 +246,24 @@ class LayerRunner:
         layer: nn.Module,
         hidden: Tensor,
         new: Mapping[str, Any],
-    ) -> tuple[Level, Tensor] | None:
-        """Let the method choose; return the narrower level and the places to gather, or None."""
+    ) -> tuple[Level, Tensor, Tensor] | None:
+        """Let the method choose; return the narrower level, the places to gather and the states, or None."""
+        if self.dropper is None or self.reader is None:
+            return None
         begin = self.recorder.watch.mark()
-        rows = self._rows(inner, index, event, layer, hidden, new)
         level = inner.level_at(index)
-        keep = self._choose(inner, level, event, hidden.detach(), rows)
+        reading = self.reader.read(inner, index, self.dropper.request(event), layer, hidden, new)
+        keep, states = self._choose(inner, level, event, hidden, reading)
         inner.selection_marks.append((begin, self.recorder.watch.mark()))
-        projected = inner.tables.pop("projected", {})
         if keep is None:
             return None
         narrower, step = level.narrow(keep.to(hidden.device))
-        for projection, output in projected.items():
-            _replay(inner, projection, gather_rows(output, step))
-        if self.dropper is not None and self.dropper.positions == "compact":
+        if states is hidden:
+            for projection, output in reading.projected.items():
+                replay(inner, projection, gather_rows(output, step))
+        if self.dropper.positions == "compact":
             narrower = self._renumber(inner, index, narrower, step, new)
-        return narrower, step
+        return narrower, step, states
 
     def _renumber(self, inner: Inner, index: int, level: Level, step: Tensor, new: Mapping[str, Any]) -> Level:
         before = inner.level_at(index)
@@ -255,89 +274,30 @@ class LayerRunner:
         self.add_shift(inner, gathered[:, -1] - renumbered[:, -1], index)
         return replace(level, positions=renumbered)
 
-    def _rows(
-        self,
-        inner: Inner,
-        index: int,
-        event: LayerEvent,
-        layer: nn.Module,
-        hidden: Tensor,
-        new: Mapping[str, Any],
-    ) -> Tensor | None:
-        """Return attention rows ``[B, H, past + K]``, if the method asked for them."""
-        request = None if self.dropper is None else self.dropper.rows(event)
-        if request is None:
-            return None
-        if not request.ahead:
-            found: Capture = inner.tables.pop(("capture", index))
-            return found.result
-        capture = Capture(_last_rows(inner.level_at(index), inner.prompt_end), stop=True)
-        module = self.adapter.attention(layer)
-        watch(module, capture)
-        arguments = {name: value for name, value in new.items() if name != "hidden_states"}
-        arguments["past_key_values"] = None if inner.cache is None else _Peek(inner.cache)
-        projected: dict[nn.Module, Tensor] = {}
-        with torch.no_grad():
-            normed = self.adapter.attention_input(layer, hidden)
-        handles = [child.register_forward_hook(_recorder(normed, projected)) for child in module.children()]
-        spared = Ledger()
-        for name, rows in (("q_proj", capture.rows), ("v_proj", None)):
-            if isinstance(getattr(module, name, None), nn.Linear):
-                _spare(module.get_submodule(name), rows, spared)
-        try:
-            with torch.no_grad():
-                module(hidden_states=normed, **arguments)
-        except CaptureDone:
-            pass
-        finally:
-            unwatch(module)
-            spared.undo()
-            for handle in handles:
-                handle.remove()
-        if not torch.is_grad_enabled():
-            inner.tables["projected"] = projected
-        return capture.result
-
     def _choose(
-        self, inner: Inner, level: Level, event: LayerEvent, hidden: Tensor, rows: Tensor | None
-    ) -> Tensor | None:
-        """Ask the method row by row; None when no row drops anything."""
+        self, inner: Inner, level: Level, event: LayerEvent, hidden: Tensor, reading: Reading
+    ) -> tuple[Tensor | None, Tensor]:
+        """Ask the method row by row; None when no row drops anything. States change where tokens merge."""
+        if self.dropper is None or self.reader is None:
+            return None, hidden
         batch, length = level.slots.shape
         keep = torch.ones(batch, length, dtype=torch.bool) if level.real is None else level.real.cpu().clone()
-        slots, changed = level.slots.cpu(), False
-        for row in range(batch):
-            totals = inner.media_totals[row]
-            if not sum(totals):
-                continue
-            alive = keep[row].nonzero().squeeze(-1)
-            candidate = _book(inner.candidate)[row, slots[row, alive]]
-            candidates = candidate.nonzero().squeeze(-1)
-            places = slots[row, alive[candidates]]
-            whole = alive.numel() == length
-            device = hidden.device
-            own = None
-            if rows is not None:
-                own = rows[row][:, rows.shape[2] - length :]
-                own = own if whole else own[:, alive.to(device)]
+        changed, states = False, hidden
+        for row, places, tokens in self.reader.prompts(inner, level, hidden, reading):
             with torch.no_grad():
-                chosen = self.dropper(  # type: ignore[misc]
-                    LayerTokens(
-                        hidden=hidden[row] if whole else hidden[row, alive.to(device)],
-                        candidates=candidates.to(device),
-                        origin=_book(inner.number)[row, places].to(device),
-                        media=_book(inner.media)[row, places].to(device),
-                        total=sum(totals),
-                        media_totals=totals,
-                        attention_rows=own,
-                    ),
-                    event,
-                )
+                chosen = self.dropper(tokens, event)
             if chosen is None:
                 continue
             changed = True
-            keep[row, alive[candidates]] = False
-            keep[row, alive[chosen.cpu()]] = True
-        return keep if changed else None
+            survivors = places[chosen.indices.cpu()]
+            keep[row, places] = False
+            keep[row, survivors] = True
+            if chosen.features is not None:
+                merged = ~chosen.features[:, 0].isnan()
+                into = survivors.to(hidden.device)[merged]
+                rows = torch.full_like(into, row)
+                states = states.index_put((rows, into), chosen.features[merged].to(states.dtype))
+        return (keep if changed else None), states
 
     def _deepstack_hook(self, inner: Inner, index: int) -> Any:
         """Add the features of one deepstack layer to the tokens that are left."""
@@ -356,86 +316,6 @@ class LayerRunner:
             return output.index_put(tuple(here.nonzero().T), features, accumulate=True)
 
         return after_layer
-
-
-def _note(inner: Inner, index: int) -> Announcement:
-    """Announce to one cache layer the tokens that enter its decoder layer."""
-    start = max(begin for begin in inner.levels if begin <= index)
-    level = inner.levels[start]
-    return Announcement(inner.length, level.real, level.slots, start)
-
-
-def _recorder(normed: Tensor, into: dict[nn.Module, Tensor]) -> Any:
-    """Note what the projections of an attention module make of its whole input, if they see it whole."""
-
-    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        spared = "forward" in vars(module)
-        if not spared and args and args[0] is normed and isinstance(output, Tensor):
-            into[module] = output
-
-    return record
-
-
-def _spare(projection: nn.Module, rows: Tensor | None, ledger: Ledger) -> None:
-    """Let a projection work on one row per prompt only, or on none: nothing else of it will be looked at.
-
-    Reading one row of attention needs the keys of all tokens, the query of one and no values.
-    """
-    whole = projection.forward
-
-    def on_rows(hidden: Tensor) -> Tensor:
-        batch, length, _ = hidden.shape
-        output = hidden.new_zeros(1).expand(batch, length, int(projection.out_features))  # type: ignore[arg-type]
-        if rows is None:
-            return output
-        every = torch.arange(batch, device=hidden.device)
-        return output.index_put((every, rows), whole(hidden[every, rows]))
-
-    ledger.set_attribute(projection, "forward", on_rows)
-
-
-def _replay(inner: Inner, projection: nn.Module, value: Tensor) -> None:
-    """Let a projection return, once, what it has computed already.
-
-    A projection works token by token: what it made of all tokens, gathered, is what it would make of
-    those that are left, so reading a layer's attention ahead costs no second projection.
-    """
-    ledger = Ledger()
-
-    def once(*args: Any, **kwargs: Any) -> Tensor:
-        ledger.undo()
-        return value
-
-    ledger.set_attribute(projection, "forward", once)
-    inner.undo.append(ledger.undo)
-
-
-class _Peek:
-    """Show a cache to an attention module without letting it store anything."""
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        layer = self._cache.layers[layer_idx]
-        if not layer.stored:
-            return keys, values
-        return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
-
-
-def _book(book: Tensor | None) -> Tensor:
-    if book is None:
-        raise RuntimeError("visual tokens were not numbered before an event")
-    return book
-
-
-def _last_rows(level: Level, prompt_end: int | None) -> Tensor:
-    """Place of the last real token of each row, or of the last one at or before ``prompt_end``."""
-    real = torch.ones_like(level.slots, dtype=torch.bool) if level.real is None else level.real
-    if prompt_end is not None:
-        real = real & (level.slots <= prompt_end)
-    places = torch.arange(level.length, device=level.slots.device)
-    return (places * real).argmax(dim=1)
 
 
 def _first_real(level: Level) -> Tensor:

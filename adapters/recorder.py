@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.plan import Plan
-from mmfast.report import MediaRecord, Report, Stopwatch, peak_memory
+from mmfast.report import LayerWork, MediaRecord, Report, Stopwatch, peak_memory
 
 
 class Recorder:
@@ -35,6 +35,7 @@ class Recorder:
         self._begin: Any = None
         self._inner: Inner | None = None
         self._levels: list[Level] = []
+        self._work: list[list[LayerWork]] = []
         self._kv_bytes = 0
 
     def add_vision(self, begin: Any, end: Any) -> None:
@@ -83,7 +84,9 @@ class Recorder:
 
     def _finish(self, inner: Inner) -> None:
         self._selection = inner.selection_marks
-        self._levels = [inner.level_at(layer) for layer in range(self.adapter.shape.layers)]
+        depth = range(self.adapter.shape.layers)
+        self._levels = [inner.level_at(layer) for layer in depth]
+        self._work = [_work(inner, layer) for layer in depth]
         # Only what the report needs: no cache, features or gathered tables are held on to.
         self._inner = Inner(inner.length, {}, segments=inner.segments)
 
@@ -114,11 +117,10 @@ class Recorder:
                         part.layout,
                     )
                 )
-        counts = [level.counts() for level in self._levels]
-        report.tokens_per_layer = [list(layers) for layers in zip(*counts, strict=True)]
-        for row, layers in enumerate(report.tokens_per_layer):
+        report.work = [list(layers) for layers in zip(*self._work, strict=True)]
+        for row, entered_tokens in enumerate(first.counts()):
             visual = sum(item.entered for item in report.media if item.row == row)
-            report.text_tokens.append(layers[0] - visual)
+            report.text_tokens.append(entered_tokens - visual)
         report.seconds = self._seconds()
         report.decode_steps = self._steps
         report.kv_bytes = self._kv_bytes
@@ -136,6 +138,15 @@ class Recorder:
             if self._last_step is not None:
                 decode = self.watch.seconds(self._prefill[1], self._last_step)
         return {"vision": sum(vision), "selection": selection, "prefill": prefill, "decode": decode}
+
+
+def _work(inner: Inner, layer: int) -> list[LayerWork]:
+    """Count, row by row, what one layer works on."""
+    alive = inner.level_at(layer).counts()
+    attending = inner.attending[layer].counts() if layer in inner.attending else alive
+    shown = inner.reads_at(layer).counts()
+    fed = alive if layer in inner.fed else attending
+    return [LayerWork(*counts) for counts in zip(attending, shown, fed, strict=True)]
 
 
 def _real_slots(level: Level, row: int) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.call import Inner
+from mmfast.adapters.media import Segment
 from mmfast.token_pruning.base import BeforeLLM, Merger
-from mmfast.tokens import Keep, VisualTokens
+from mmfast.tokens import Keep, Layout, VisualTokens
 
 
 def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -51,14 +52,19 @@ def number_candidates(inner: Inner, keep: Tensor) -> None:
     entering = keep.cpu()
     for row, parts in enumerate(inner.segments):
         totals: list[int] = []
+        layouts: list[Layout] = []
         for index, part in enumerate(parts):
             slots = part.slots.cpu()
-            slots = slots[entering[row, slots] & ~part.layout.is_newline]
+            enters = entering[row, slots] & ~part.layout.is_newline
+            slots = slots[enters]
+            layouts.append(part.layout.take(enters))
             inner.candidate[row, slots] = True
             inner.media[row, slots] = index
             inner.number[row, slots] = torch.arange(slots.numel()) + sum(totals)
             totals.append(int(slots.numel()))
         inner.media_totals.append(tuple(totals))
+        inner.layouts.append(tuple(layouts))
+        inner.memory.append({})
 
 
 def _signals(method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int) -> dict[str, Tensor]:
@@ -79,3 +85,13 @@ def _overwrite(embeddings: Tensor, row: int, slots: Tensor, decision: Keep) -> T
     places = slots[decision.indices[merged]]
     rows = torch.full_like(places, row)
     return embeddings.index_put((rows, places), features[merged].to(embeddings.dtype))
+
+
+def slot_signals(parts: list[Segment], slots: Tensor) -> dict[str, Tensor]:
+    """Collect the signals of the vision encoder for some slots of one prompt.
+
+    Args:
+        parts: the images and videos of the prompt.
+        slots: ``[V]`` int64, ascending places of visual tokens, on the CPU.
+    """
+    return {}

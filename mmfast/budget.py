@@ -93,50 +93,63 @@ def resolve_layer(layer: int | float, depth: int) -> int:
     return index
 
 
-def geometric_fractions(keep: float, stages: int) -> list[float]:
-    """Split one reduction to the fraction ``keep`` into ``stages`` equal steps.
+def shares(total: int, weights: Sequence[int]) -> list[int]:
+    """Split a count in proportion to ``weights``; what rounding leaves goes to the largest remainders.
 
     Example:
-        >>> geometric_fractions(0.125, 3)
-        [0.5, 0.25, 0.125]
+        >>> shares(10, [576, 288, 288]), shares(3, [1, 1])
+        ([5, 3, 2], [2, 1])
     """
-    step = keep ** (1.0 / stages)
-    return [round(step**stage, 12) for stage in range(1, stages)] + [keep]
+    whole = sum(weights)
+    if whole == 0:
+        return [0] * len(weights)
+    exact = [total * weight / whole for weight in weights]
+    parts = [int(value) for value in exact]
+    order = sorted(range(len(weights)), key=lambda i: (parts[i] - exact[i], i))
+    for index in order[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
-def geometric_for_average(keep: float, layers: Sequence[int], depth: int) -> list[float]:
-    """Find the geometric schedule whose average over all layers is ``keep``.
+def average_of(fractions: Sequence[float], layers: Sequence[int], depth: int) -> float:
+    """Average what the layers read when ``fractions[i]`` of the tokens are left from ``layers[i]`` on.
+
+    Example:
+        >>> average_of([0.5, 0.25, 0.125], [8, 16, 24], 32)
+        0.46875
+    """
+    bounds = [0, *layers, depth]
+    spans = [after - before for before, after in itertools.pairwise(bounds)]
+    return sum(span * left for span, left in zip(spans, [1.0, *fractions], strict=True)) / depth
+
+
+def solve_average(keep: float, profile: Sequence[float], layers: Sequence[int], depth: int) -> list[float]:
+    """Scale a schedule so that its average over all layers is ``keep``.
+
+    The profile ``f_i`` becomes ``f_i ** x``: steps keep their proportions on a logarithmic scale, x = 0
+    drops nothing, and the larger x the more goes. Where even dropping (almost) everything leaves more
+    than ``keep``, because the layers before the first step read all tokens, the least is returned.
 
     Args:
-        keep: wanted average fraction over the ``depth`` layers.
+        keep: wanted average fraction over the ``depth`` layers, in (0, 1].
+        profile: what is left after each step at some setting of the schedule, each in [0, 1).
         layers: layers before which tokens are dropped, ascending.
         depth: number of layers.
 
-    Raises:
-        ValueError: if the layers before the first drop alone exceed the average.
+    Returns:
+        What is left after each step.
 
     Example:
-        >>> fractions = geometric_for_average(0.46875, [8, 16, 24], 32)
-        >>> [round(fraction, 3) for fraction in fractions]
+        >>> solve_average(0.46875, [0.5, 0.25, 0.125], [8, 16, 24], 32)
         [0.5, 0.25, 0.125]
     """
-    bounds = [*layers, depth]
-    spans = [after - before for before, after in itertools.pairwise(bounds)]
-
-    def average(step: float) -> float:
-        return (layers[0] + sum(span * step ** (i + 1) for i, span in enumerate(spans))) / depth
-
-    if keep <= layers[0] / depth:
-        raise ValueError(
-            f"keep={keep:g} as a layer average cannot be reached: the {layers[0]} of {depth} layers before the "
-            f"first drop read every token, so it must exceed {layers[0] / depth:.3f}; drop in earlier layers "
-            "or before the LLM"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(80):
+    low, high = 0.0, 64.0
+    for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if average(middle) < keep else (low, middle)
-    return [high ** (stage + 1) for stage in range(len(layers))]
+        scaled = [fraction**middle for fraction in profile]
+        low, high = (middle, high) if average_of(scaled, layers, depth) > keep else (low, middle)
+    # Binary fractions such as one half must come out exactly, or cutting off would lose a token.
+    return [round(fraction**low, 10) for fraction in profile]
 
 
 @dataclass(frozen=True)
@@ -161,15 +174,19 @@ class LanguageShape:
     head_dim: int
     feed_forward_matrices: int = 3
 
-    def layer_flops(self, tokens: int, context: int | None = None) -> int:
+    def layer_flops(
+        self, tokens: int, context: int | None = None, *, projected: int | None = None, fed: int | None = None
+    ) -> int:
         """Count the multiply-accumulates of one layer, the unit the literature calls FLOPs.
 
         ``4nD^2 + 2n^2 D + 3nDM`` for a multi-head, gated layer; grouped-query attention shrinks the
         key and value projections.
 
         Args:
-            tokens: tokens n that pass the layer.
+            tokens: tokens n that attend.
             context: tokens attended to; ``tokens`` when None.
+            projected: tokens of which keys and values are made; ``tokens`` when None.
+            fed: tokens that pass the feed-forward part; ``tokens`` when None.
 
         Example:
             >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
@@ -177,11 +194,13 @@ class LanguageShape:
             3.817
         """
         context = tokens if context is None else context
+        projected = tokens if projected is None else projected
+        fed = tokens if fed is None else fed
         query_width = self.heads * self.head_dim
         kv_width = self.kv_heads * self.head_dim
-        projections = 2 * tokens * self.hidden * (query_width + kv_width)
+        projections = 2 * tokens * self.hidden * query_width + 2 * projected * self.hidden * kv_width
         attention = 2 * tokens * context * query_width
-        feed_forward = self.feed_forward_matrices * tokens * self.hidden * self.intermediate
+        feed_forward = self.feed_forward_matrices * fed * self.hidden * self.intermediate
         return projections + attention + feed_forward
 
     def kv_bytes(self, tokens_per_layer: Sequence[int], bytes_per_value: int = 2) -> int:

@@ -44,8 +44,8 @@ class Plan:
                     "mmfast.registry.get(name).method(...)"
                 )
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
-        for first, second in itertools.pairwise(ordered):
-            if first.stage == second.stage and first.stage not in STACKING_STAGES:
+        for first, second in itertools.combinations(ordered, 2):
+            if (first.stage, first.role) == (second.stage, second.role) and first.stage not in STACKING_STAGES:
                 raise ValueError(
                     f"methods {first.name!r} and {second.name!r} both act at stage {first.stage!r}, which takes one; "
                     "remove one of them"

@@ -36,6 +36,10 @@ class MethodInfo:
         paper: arXiv number or venue; empty for baselines.
         source: the repository whose code the numerics were checked against; empty for baselines.
         training_free: whether the method runs without any learned weights.
+        vectors: whether the numerics are tested against input and output vectors of the official code.
+        merges: whether survivors take over something of what was dropped.
+        reads_question: whether the text decides what survives, so that in later turns the choice of the
+            first question stays.
         needs: names of the signals the method asks the model for.
         options: parameter name -> default value.
         method: the class itself; ``info.method(keep=64)`` builds one.
@@ -48,13 +52,22 @@ class MethodInfo:
     paper: str
     source: str
     training_free: bool
+    vectors: bool
+    merges: bool
+    reads_question: bool
     needs: tuple[str, ...]
     options: dict[str, Any]
     method: type
 
 
 def register(
-    name: str, *, stage: str, paper: str = "", source: str = "", training_free: bool = True
+    name: str,
+    *,
+    stage: str,
+    paper: str = "",
+    source: str = "",
+    training_free: bool = True,
+    vectors: bool = False,
 ) -> Callable[[C], C]:
     """Register a method class under ``name``; use as a class decorator.
 
@@ -64,6 +77,7 @@ def register(
         paper: arXiv number or venue of the paper.
         source: ``owner/repository`` of the official code.
         training_free: whether it runs without learned weights.
+        vectors: whether ``tests/golden/<name>/`` holds vectors of the official code.
 
     Raises:
         ValueError: if the name is not snake_case, is taken, or the stage is unknown.
@@ -98,6 +112,9 @@ def register(
             paper=paper,
             source=source,
             training_free=training_free,
+            vectors=vectors,
+            merges=bool(getattr(method, "merges", False)),
+            reads_question=bool(getattr(method, "reads_question", False)),
             needs=tuple(sorted(getattr(method, "needs", ()))),
             options={item.name: item.default for item in fields(method) if item.init} if is_dataclass(method) else {},
             method=method,

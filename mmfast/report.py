@@ -135,6 +135,21 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True)
+class LayerWork:
+    """What one layer worked on in the prefill of one prompt.
+
+    Attributes:
+        attending: tokens that attended, the count a report shows.
+        shown: tokens of which the layer made keys and values.
+        fed: tokens that passed the feed-forward part.
+    """
+
+    attending: int
+    shown: int
+    fed: int
+
+
 @dataclass
 class Report:
     """The last prompt with images or videos, and the tokens generated after it.
@@ -145,7 +160,7 @@ class Report:
         shape: sizes of the language model, for the predictions.
         media: one record per image or video, row by row.
         text_tokens: per row, tokens of the prompt that are not visual.
-        tokens_per_layer: per row, how many tokens each decoder layer read.
+        work: per row, what each decoder layer worked on.
         seconds: phase -> seconds; the phases are :data:`PHASES`.
         decode_steps: forward passes after the prefill.
         kv_bytes: bytes of the key/value cache after the prefill, measured; 0 without a cache.
@@ -161,7 +176,7 @@ class Report:
     shape: LanguageShape
     media: list[MediaRecord] = field(default_factory=list)
     text_tokens: list[int] = field(default_factory=list)
-    tokens_per_layer: list[list[int]] = field(default_factory=list)
+    work: list[list[LayerWork]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     decode_steps: int = 0
     kv_bytes: int = 0
@@ -170,6 +185,11 @@ class Report:
     comparison: Comparison | None = None
     note: str = ""
     device: str = "cpu"
+
+    @property
+    def tokens_per_layer(self) -> list[list[int]]:
+        """Per row, how many tokens each decoder layer read."""
+        return [[layer.attending for layer in layers] for layers in self.work]
 
     @property
     def full_tokens(self) -> list[int]:
@@ -182,7 +202,11 @@ class Report:
     @property
     def flops(self) -> int:
         """Multiply-accumulates of the prefill of the language model, all rows."""
-        return sum(prefill_flops(self.shape, layers) for layers in self.tokens_per_layer)
+        return sum(
+            self.shape.layer_flops(layer.attending, layer.shown, projected=layer.shown, fed=layer.fed)
+            for layers in self.work
+            for layer in layers
+        )
 
     @property
     def full_flops(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class Layout:
         boxes: float32 ``[N, 4]``, the patch as (left, top, right, bottom) in fractions of the whole
             image or frame, for drawing; None where the family cannot say.
         grid_known: False when the family gave only the number of tokens.
+        crop: int64, for AnyRes images the crop each token was cut from (row-major, 0-based), -1 for the
+            whole image and for newline tokens; ``row`` and ``col`` of crops count over the grid of all
+            crops. None where nothing is cut.
+        crop_grid: rows and columns of crops; (0, 0) where nothing is cut.
     """
 
     modality: str
@@ -32,6 +37,8 @@ class Layout:
     is_newline: Tensor
     boxes: Tensor | None = None
     grid_known: bool = True
+    crop: Tensor | None = None
+    crop_grid: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return int(self.frame.numel())
@@ -65,6 +72,40 @@ class Layout:
         zeros = torch.zeros_like(order)
         return Layout(modality, zeros, zeros, zeros, order, zeros.bool(), grid_known=False)
 
+    def take(self, places: Tensor) -> Layout:
+        """Narrow to some tokens.
+
+        Example:
+            >>> Layout.grid(2, 2).take(torch.tensor([1, 3])).col.tolist()
+            [1, 1]
+        """
+        return replace(
+            self,
+            frame=self.frame[places],
+            tile=self.tile[places],
+            row=self.row[places],
+            col=self.col[places],
+            is_newline=self.is_newline[places],
+            boxes=None if self.boxes is None else self.boxes[places],
+            crop=None if self.crop is None else self.crop[places],
+        )
+
+    def tiles(self) -> list[Tensor]:
+        """Group the tokens by frame, tile and crop; newline tokens are left out.
+
+        Returns:
+            int64 places of each group, in the order of the prompt.
+
+        Example:
+            >>> [part.tolist() for part in Layout.grid(1, 2, frames=2).tiles()]
+            [[0, 1], [2, 3]]
+        """
+        crop = torch.full_like(self.tile, -1) if self.crop is None else self.crop
+        keys = torch.stack([self.frame, self.tile, crop], dim=-1)
+        keys = keys.masked_fill(self.is_newline[:, None], -2)
+        groups = [(keys == key).all(dim=-1).nonzero().squeeze(-1) for key in torch.unique(keys, dim=0)]
+        return sorted((part for part in groups if not bool(self.is_newline[part[0]])), key=lambda part: int(part[0]))
+
     def with_newline(self) -> Layout:
         """Append one newline token that belongs to no frame.
 
@@ -83,6 +124,8 @@ class Layout:
             torch.cat([self.is_newline, torch.ones(1, dtype=torch.bool)]),
             boxes,
             self.grid_known,
+            None if self.crop is None else torch.cat([self.crop, minus]),
+            self.crop_grid,
         )
 
 
@@ -94,13 +137,16 @@ class VisualTokens:
         features: ``[N, D]`` projected features, the embeddings the language model would read.
         layout: where each token lies.
         index: which image or video of its prompt this is (0 = first).
-        signals: further tensors the method declared in ``needs``, by name.
+        signals: further tensors the method declared in ``needs`` or ``vision_signals``, by name.
+        projectable: whether ``patch_features`` become ``features`` token by token, so that merged ones
+            may be returned and projected afterwards.
     """
 
     features: Tensor
     layout: Layout
     index: int = 0
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    projectable: bool = False
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.features.shape[0] != len(self.layout):
@@ -132,24 +178,14 @@ class VisualTokens:
             >>> VisualTokens.from_features(torch.eye(4)).take(torch.tensor([1, 3])).features.shape
             torch.Size([2, 4])
         """
-        places = indices.cpu()
-        layout = Layout(
-            self.layout.modality,
-            self.layout.frame[places],
-            self.layout.tile[places],
-            self.layout.row[places],
-            self.layout.col[places],
-            self.layout.is_newline[places],
-            None if self.layout.boxes is None else self.layout.boxes[places],
-            self.layout.grid_known,
-        )
         signals = {name: value[indices] if _per_token(name) else value for name, value in self.signals.items()}
-        return VisualTokens(self.features[indices], layout, self.index, signals)
+        layout = self.layout.take(indices.cpu())
+        return VisualTokens(self.features[indices], layout, self.index, signals, self.projectable)
 
 
 def _per_token(signal: str) -> bool:
-    """Text signals describe the question; all others have the visual tokens as first axis."""
-    return not signal.startswith("text_")
+    """Text signals describe the question, class tokens the tiles; all others the visual tokens."""
+    return not signal.startswith(("text_", "clip_text_", "cls_features"))
 
 
 @dataclass(frozen=True)
@@ -162,12 +198,15 @@ class Keep:
         sizes: ``[K]`` float32, how many input tokens each kept slot stands for, or None for ones.
         source: ``[N]`` int64, for each input token the position in ``indices`` it was merged into,
             -1 where it was dropped; or None when nothing was merged.
+        space: ``"vision"`` when ``features`` are features of the vision encoder, which the model's
+            projector still has to turn into embeddings.
     """
 
     indices: Tensor
     features: Tensor | None = None
     sizes: Tensor | None = None
     source: Tensor | None = None
+    space: Literal["llm", "vision"] = "llm"
 
     def __post_init__(self) -> None:
         indices = self.indices

@@ -128,3 +128,25 @@ class LogicalLength:
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.repeat_interleave(repeats, dim=0))
+
+    def narrow(self, places: Tensor, real: Tensor | None) -> None:
+        """Keep some stored tokens and forget the others; the logical length stays.
+
+        Args:
+            places: ``[B, K]`` int64, ascending places among the stored tokens.
+            real: ``[B, K]`` bool, which of them are real; None = as they were.
+        """
+        if self.keys is None or self.values is None or self.slots is None:
+            return
+        places = places.to(self.keys.device)
+        wanted = places[:, None, :, None]
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            setattr(self, name, states.gather(2, wanted.expand(-1, states.shape[1], -1, states.shape[3])))
+        self.slots = self.slots.gather(1, places)
+        valid = None if self.valid is None else self.valid.gather(1, places)
+        if real is not None:
+            real = real.to(places.device)
+            valid = real if valid is None else valid & real
+        self.valid = valid
+        self.history = hash((self.history, int(places.shape[1]), -1))

@@ -8,31 +8,73 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mmfast.budget import check_keep, count, resolve_layer
+from mmfast.budget import check_keep, count, shares
 from mmfast.tokens import Keep, Layout, VisualTokens
 
 Positions = Literal["keep", "compact"] | None
 
 SIGNALS = frozenset(
     {
-        "attention_rows",
+        # of the vision encoder, per visual token
         "cls_attention",
-        "clip_image_embeds",
-        "keys",
-        "patch_features",
-        "queries",
+        "cls_logits",
         "received_attention",
+        "keys",
+        "queries",
+        "patch_features",
+        # of the vision encoder, per tile
+        "cls_features",
+        # of a CLIP model beside the language model
+        "clip_image_embeds",
+        "clip_text_embeds",
+        # of the prompt's text
         "text_embeds",
-        "text_embed_pooled",
+        # inside the language model
+        "attention",
+        "embeds",
+        "final_norm",
+        "layer_norm",
+        "activations",
     }
 )
 """Every signal a method may name in ``needs``."""
+
+Compat = Literal["official"] | None
+"""``compat="official"`` reproduces what the official code does where it differs from the sane behaviour."""
+
+
+@dataclass(frozen=True)
+class VisionSignal:
+    """Ask for one tensor of the vision encoder; it arrives per visual token, aligned with the features.
+
+    Encoders without a class token give the attention a patch receives (mean over heads and queries)
+    instead of ``cls_attention`` and ``cls_logits``; none of them has ``cls_features``. Where the model
+    merges patches, the signal of a merged token is the mean over its patches.
+
+    Attributes:
+        kind: what to read. ``"cls_attention"`` ``[N]``: attention of the class token, post-softmax over
+            all tokens; ``"cls_logits"`` ``[N]``: the same before the softmax, scaled;
+            ``"received_attention"`` ``[N]``: mean over heads and all queries of what a token receives;
+            ``"keys"``, ``"queries"`` ``[N, d]``: without heads averaged or joined, see ``heads``;
+            ``"patch_features"`` ``[N, C]``: output of a block; ``"cls_features"`` ``[tiles, C]``: the same
+            of the class token. All float32 but features, which keep the model's dtype.
+        layer: the block, 0-based: an index, a relative depth (float in (0, 1)), ``"features"`` for the
+            block whose output the model uses as features, or ``"last"``.
+        heads: average the heads (``"mean"``), add them up (``"sum"``) or join them (``"join"``, keys and
+            queries only: the full width of the projection).
+    """
+
+    kind: Literal[
+        "cls_attention", "cls_logits", "received_attention", "keys", "queries", "patch_features", "cls_features"
+    ]
+    layer: int | float | Literal["features", "last"] = "features"
+    heads: Literal["mean", "sum", "join"] = "mean"
 
 
 class Method(ABC):
@@ -42,6 +84,16 @@ class Method(ABC):
     name: ClassVar[str]
     stage: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    role: ClassVar[str] = "reduce"
+    """What it does inside its stage; a plan may hold one method of each role."""
+    merges: ClassVar[bool] = False
+    """Whether survivors take over something of what was dropped."""
+    reads_question: ClassVar[bool] = False
+    """Whether the text decides what survives: in later turns the choice of the first question stays."""
+
+    def vision_signals(self) -> Mapping[str, VisionSignal]:
+        """Name the tensors of the vision encoder this method reads; they arrive under these names."""
+        return {}
 
     def to_text(self) -> str:
         """Write the method as it stands in a plan, naming only what differs from the defaults.
@@ -87,22 +139,40 @@ class BeforeLLM(Method):
         newline: what happens to learned end-of-row tokens (AnyRes models): ``"keep_nonempty"`` keeps
             those of rows of which a token survives, ``"keep"`` all, ``"drop"`` none. They come on
             top of ``keep``.
+        scope: ``"global"`` lets all tiles of an image or frames of a video compete for one budget,
+            ``"per_tile"`` gives each its share.
     """
 
     kind: ClassVar[str] = "BeforeLLM"
 
-    keep: int | float = 0.5
+    keep: int | float | None = 0.5
     positions: Positions = None
     newline: Literal["keep_nonempty", "keep", "drop"] = "keep_nonempty"
+    scope: Literal["global", "per_tile"] = "global"
+
+    adaptive: ClassVar[bool] = False
+    """Whether ``keep=None`` is allowed and means the method's own, data-dependent count."""
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
+        if self.keep is not None or not self.adaptive:
+            check_keep(self.keep)
+        check_choice("scope", self.scope, ["global", "per_tile"])
         check_choice("positions", self.positions, [None, "keep", "compact"])
         check_choice("newline", self.newline, ["keep_nonempty", "keep", "drop"])
 
     def keep_count(self, candidates: int) -> int:
-        """Say how many of ``candidates`` tokens survive; the promise that tests hold."""
+        """Say how many of ``candidates`` tokens survive; the promise that tests hold.
+
+        Raises:
+            ValueError: if ``keep`` is None, so that the data decide.
+        """
+        if self.keep is None:
+            raise ValueError(f"method {self.name!r} with keep=None decides from the data; give keep to know the count")
         return count(self.keep, candidates)
+
+    def own_count(self, tokens: VisualTokens) -> int:
+        """Say how many tokens survive by the method's own rule, for ``keep=None``."""
+        raise ValueError(f"method {self.name!r} has no rule of its own for the count; give keep")
 
     @abstractmethod
     def reduce(self, tokens: VisualTokens, kept: int) -> Keep:
@@ -117,13 +187,50 @@ class BeforeLLM(Method):
         candidates = (~layout.is_newline).nonzero().squeeze(-1)
         if candidates.numel() == 0:
             return None
-        kept = self.keep_count(int(candidates.numel()))
-        if kept >= candidates.numel():
+        plain = candidates.numel() == len(layout)
+        own = tokens if plain else tokens.take(candidates.to(tokens.features.device))
+        kept = self.own_count(own) if self.keep is None else self.keep_count(len(own))
+        if kept >= len(own):
             return None
-        if candidates.numel() == len(layout):
+        chosen = self._per_tile(own, kept) if self.scope == "per_tile" else self.reduce(own, kept)
+        return chosen if plain else self._with_newlines(chosen, layout, candidates, len(tokens))
+
+    def _per_tile(self, tokens: VisualTokens, kept: int) -> Keep:
+        """Give each tile or frame its share of the budget and put the decisions together."""
+        parts = tokens.layout.tiles()
+        if len(parts) == 1:
             return self.reduce(tokens, kept)
-        chosen = self.reduce(tokens.take(candidates.to(tokens.features.device)), kept)
-        return self._with_newlines(chosen, layout, candidates, len(tokens))
+        device = tokens.features.device
+        indices, pieces = [], []
+        for places, share in zip(parts, shares(kept, [part.numel() for part in parts]), strict=True):
+            places = places.to(device)
+            if share == 0:
+                continue
+            whole = Keep(torch.arange(places.numel(), device=device))
+            piece = whole if share == places.numel() else self.reduce(tokens.take(places), share)
+            indices.append(places[piece.indices])
+            pieces.append((places, piece))
+        merged, order = torch.cat(indices).sort()
+        if all(piece.features is None for _, piece in pieces):
+            return Keep(merged)
+        width = next(piece.features.shape[1] for _, piece in pieces if piece.features is not None)
+        space = next(piece.space for _, piece in pieces if piece.features is not None)
+        # Rows of NaN mark slots that are left as they are.
+        features = [
+            tokens.features.new_full((len(piece), width), float("nan")) if piece.features is None else piece.features
+            for _, piece in pieces
+        ]
+        sizes = [torch.ones(len(piece), device=device) if piece.sizes is None else piece.sizes for _, piece in pieces]
+        source = torch.full((len(tokens),), -1, dtype=torch.int64, device=device)
+        rank, before = order.argsort(), 0
+        for places, piece in pieces:
+            into = piece.source
+            if into is None:
+                into = torch.full_like(places, -1)
+                into[piece.indices] = torch.arange(len(piece), device=device)
+            source[places] = torch.where(into >= 0, rank[(into + before).clamp(0, rank.numel() - 1)], into)
+            before += len(piece)
+        return Keep(merged, torch.cat(features)[order], torch.cat(sizes)[order], source, space)
 
     def _with_newlines(self, chosen: Keep, layout: Layout, candidates: Tensor, total: int) -> Keep:
         """Map a decision over the candidates back to all tokens and add the newline tokens due."""
@@ -154,7 +261,7 @@ class BeforeLLM(Method):
             moved = chosen.source
             source[candidates.to(device)] = torch.where(moved >= 0, rank[moved.clamp_min(0)], moved)
             source[newlines.to(device)] = rank[places.numel() :]
-        return Keep(merged, features, sizes, source)
+        return Keep(merged, features, sizes, source, chosen.space)
 
 
 def _row_keys(layout: Layout, places: Tensor) -> list[tuple[int, int, int]]:
@@ -200,9 +307,15 @@ class Selector(BeforeLLM):
 
 @dataclass(frozen=True)
 class Merger(BeforeLLM):
-    """Replace tokens by fewer, merged ones that take over the slots of some of them."""
+    """Replace tokens by fewer, merged ones that take over the slots of some of them.
+
+    Where the projector works token by token and ``patch_features`` was asked for, official code merges
+    what the encoder gave and projects the result: take the tensor to merge from :meth:`material` and
+    hand its ``space`` on to Keep.
+    """
 
     kind: ClassVar[str] = "Merger"
+    merges: ClassVar[bool] = True
 
     @abstractmethod
     def merge(self, tokens: VisualTokens, kept: int) -> Keep:
@@ -211,6 +324,14 @@ class Merger(BeforeLLM):
     def reduce(self, tokens: VisualTokens, kept: int) -> Keep:
         """Return what ``merge`` decided."""
         return self.merge(tokens, kept)
+
+    @staticmethod
+    def material(tokens: VisualTokens) -> tuple[Tensor, Literal["llm", "vision"]]:
+        """Return the features to merge, ``[N, C]``, and their space for Keep."""
+        patches = tokens.signals.get("patch_features")
+        if patches is not None and tokens.projectable:
+            return patches, "vision"
+        return tokens.features, "llm"
 
 
 def top_indices(score: Tensor, kept: int) -> Tensor:
@@ -228,207 +349,6 @@ def top_indices(score: Tensor, kept: int) -> Tensor:
     """
     clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return clean.sort(descending=True, stable=True).indices[:kept].sort().values
-
-
-@dataclass(frozen=True)
-class LayerEvent:
-    """One place in the stack where visual tokens may be dropped.
-
-    Attributes:
-        layer: the layer whose input is shortened.
-        keep: what survives of the tokens that entered the language model.
-        power: for a count in a schedule of several steps, how much of the (logarithmic) way to the
-            count this step goes; 1.0 is all of it.
-    """
-
-    layer: int
-    keep: int | float
-    power: float = 1.0
-
-
-@dataclass(frozen=True)
-class RowRequest:
-    """Ask for rows of one layer's attention, post-softmax, float32.
-
-    Attributes:
-        layer: the layer whose attention is read.
-        ahead: read the layer's own attention from its input before the layer runs, which lets that
-            layer already work on fewer tokens; otherwise read it while the layer runs.
-    """
-
-    layer: int
-    ahead: bool = False
-
-
-@dataclass(frozen=True)
-class LayerTokens:
-    """The tokens of ONE prompt at one event inside the language model.
-
-    Attributes:
-        hidden: ``[n, D]`` hidden states of the prompt's tokens at the input of the layer.
-        candidates: ``[V]`` int64, ascending: the positions in ``hidden`` of droppable visual tokens.
-        origin: ``[V]`` int64, number of each candidate among the visual tokens that entered the
-            language model (0-based, newline tokens not counted).
-        media: ``[V]`` int64, which image or video of the prompt each candidate belongs to.
-        total: number of droppable visual tokens that entered the language model.
-        media_totals: the same per image or video.
-        attention_rows: ``[H, n]`` attention of the last prompt token over ``hidden``, float32, if asked for.
-    """
-
-    hidden: Tensor
-    candidates: Tensor
-    origin: Tensor
-    media: Tensor
-    total: int
-    media_totals: tuple[int, ...]
-    attention_rows: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LayerDropper(Method):
-    """Drop visual tokens between two layers of the language model.
-
-    Attributes:
-        positions: ``"keep"`` (default) leaves each survivor its position id, ``"compact"`` renumbers
-            what is left at each event, as the official code of some methods does.
-        scope: share the budget over all images of the prompt (``"global"``) or give each its own.
-    """
-
-    kind: ClassVar[str] = "LayerDropper"
-
-    positions: Positions = None
-    scope: Literal["global", "per_image"] = "global"
-
-    def __post_init__(self) -> None:
-        check_choice("positions", self.positions, [None, "keep", "compact"])
-        check_choice("scope", self.scope, ["global", "per_image"])
-
-    @abstractmethod
-    def events(self, depth: int) -> list[LayerEvent]:
-        """Say where tokens are dropped in a model of ``depth`` layers, ascending by layer.
-
-        Raises:
-            ValueError: if the schedule does not fit the model.
-        """
-
-    def rows(self, event: LayerEvent) -> RowRequest | None:
-        """Say which attention rows the event needs; None for none."""
-        return None
-
-    def keep_count(self, event: LayerEvent, total: int) -> int:
-        """Say how many of ``total`` visual tokens are left after the event."""
-        return count(event.keep, total)
-
-    @abstractmethod
-    def choose(self, tokens: LayerTokens, kept: int, event: LayerEvent) -> Tensor:
-        """Return the ``kept`` indices into ``candidates`` that survive, ascending int64."""
-
-    def drops(self, event: LayerEvent, media_totals: Sequence[int]) -> bool:
-        """Say whether an event takes anything from a prompt, given its visual tokens per image or video.
-
-        Example:
-            >>> from mmfast.registry import get
-            >>> method = get("fastv").method(keep=9)
-            >>> [method.drops(method.events(4)[0], totals) for totals in ((16,), (9,), ())]
-            [True, False, False]
-        """
-        if self.scope == "per_image":
-            return any(self.keep_count(event, total) < total for total in media_totals)
-        return self._shared_count(event, media_totals) < sum(media_totals)
-
-    def __call__(self, tokens: LayerTokens, event: LayerEvent) -> Tensor | None:
-        """Return the surviving positions in ``hidden`` among the candidates; None drops nothing."""
-        if self.scope == "per_image" and len(tokens.media_totals) > 1:
-            return self._per_image(tokens, event)
-        kept = self._shared_count(event, tokens.media_totals)
-        if kept >= tokens.candidates.numel():
-            return None
-        return tokens.candidates[self.choose(tokens, kept, event)]
-
-    def _shared_count(self, event: LayerEvent, media_totals: Sequence[int]) -> int:
-        """A count is a count per image: several images share the sum of their counts."""
-        if not sum(media_totals):
-            return 0
-        keep = event.keep * len(media_totals) if isinstance(event.keep, int) else event.keep
-        return self.keep_count(replace(event, keep=keep), sum(media_totals))
-
-    def _per_image(self, tokens: LayerTokens, event: LayerEvent) -> Tensor | None:
-        parts, dropped, before = [], False, 0
-        for index, total in enumerate(tokens.media_totals):
-            mine = (tokens.media == index).nonzero().squeeze(-1)
-            own = replace(
-                tokens,
-                candidates=tokens.candidates[mine],
-                origin=tokens.origin[mine] - before,
-                media=tokens.media[mine],
-                total=total,
-                media_totals=(total,),
-            )
-            before += total
-            kept = self.keep_count(event, total)
-            if kept < mine.numel():
-                dropped = True
-                parts.append(own.candidates[self.choose(own, kept, event)])
-            else:
-                parts.append(own.candidates)
-        return torch.cat(parts).sort().values if dropped else None
-
-    def tokens_per_layer(self, visual: int, text: int, depth: int) -> list[int]:
-        """Predict how many tokens each layer reads, without running the model.
-
-        Args:
-            visual: visual tokens that enter the language model.
-            text: all other tokens.
-            depth: number of layers.
-
-        Example:
-            >>> from mmfast.registry import get
-            >>> get("fastv").method(layer=2, keep=0.5).tokens_per_layer(576, 64, 4)
-            [640, 640, 352, 352]
-        """
-        per_layer, left = [], visual
-        remaining = list(self.events(depth))
-        for layer in range(depth):
-            while remaining and remaining[0].layer == layer:
-                left = min(left, self.keep_count(remaining.pop(0), visual))
-            per_layer.append(left + text)
-        return per_layer
-
-
-@dataclass(frozen=True)
-class LayerScorer(LayerDropper):
-    """Give each candidate a score; the highest survive, ties going to the earlier token."""
-
-    kind: ClassVar[str] = "LayerScorer"
-
-    @abstractmethod
-    def score(self, tokens: LayerTokens, event: LayerEvent) -> Tensor:
-        """Return float32 ``[V]`` for the candidates, higher meaning more worth keeping."""
-
-    def choose(self, tokens: LayerTokens, kept: int, event: LayerEvent) -> Tensor:
-        """Keep the candidates of highest score."""
-        return top_indices(self.score(tokens, event), kept)
-
-
-@dataclass(frozen=True)
-class DropOnce(LayerDropper):
-    """Drop at a single place; combine with a scorer: ``class Mine(DropOnce, LayerScorer)``.
-
-    Attributes:
-        keep: visual tokens left after the drop; int = count per image, float = fraction.
-        layer: first layer that reads the shortened prompt, as index (int) or relative depth (float).
-    """
-
-    keep: int | float = 0.5
-    layer: int | float = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.keep)
-
-    def events(self, depth: int) -> list[LayerEvent]:
-        """Return the single event."""
-        return [LayerEvent(resolve_layer(self.layer, depth), self.keep)]
 
 
 @dataclass(frozen=True)

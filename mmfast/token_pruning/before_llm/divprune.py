@@ -16,7 +16,7 @@ MATRIX_LIMIT = 4096
 _BLOCK_ELEMENTS = 1 << 24
 
 
-@register("divprune", stage="before_llm", paper="arXiv 2503.02175", source="vbdi/divprune")
+@register("divprune", stage="before_llm", paper="arXiv 2503.02175", source="vbdi/divprune", vectors=True)
 @dataclass(frozen=True)
 class DivPrune(Selector):
     """Keep the most diverse tokens (max-min cosine distance).

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mmfast.registry import register
-from mmfast.token_pruning.base import DropOnce, LayerEvent, LayerScorer, LayerTokens, RowRequest
+from mmfast.token_pruning.layers import DropOnce, LayerEvent, LayerRequest, LayerScorer, LayerTokens
 
 
-@register("fastv", stage="in_llm", paper="arXiv 2403.06764", source="pkunlp-icler/FastV")
+@register("fastv", stage="in_llm", paper="arXiv 2403.06764", source="pkunlp-icler/FastV", vectors=True)
 @dataclass(frozen=True)
 class FastV(DropOnce, LayerScorer):
     """Drop once, by the attention of the last prompt token, after a few layers.
@@ -21,9 +22,11 @@ class FastV(DropOnce, LayerScorer):
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
     """
 
-    def rows(self, event: LayerEvent) -> RowRequest:
+    needs = frozenset({"attention"})
+
+    def request(self, event: LayerEvent) -> LayerRequest:
         """Ask for the row of the layer before."""
-        return RowRequest(event.layer - 1)
+        return LayerRequest(event.layer - 1, queries="last")
 
     def score(self, tokens: LayerTokens, event: LayerEvent) -> Tensor:
         """Average the row over the heads."""
@@ -31,22 +34,20 @@ class FastV(DropOnce, LayerScorer):
 
 
 def last_row_score(tokens: LayerTokens) -> Tensor:
-    """Average the last token's attention to each candidate over the heads.
+    """Average the last prompt token's attention to each candidate over the heads.
 
     Returns:
         float32 ``[V]``.
 
     Raises:
-        ValueError: if the attention rows were not provided.
+        ValueError: if attention was not asked for.
 
     Example:
-        >>> import torch
-        >>> rows = torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.2, 0.5]])
+        >>> from mmfast.token_pruning.attention import AttentionView
         >>> both = torch.arange(2)
-        >>> tokens = LayerTokens(torch.zeros(3, 4), both, both, both * 0, 2, (2,), rows)
-        >>> [round(value, 3) for value in last_row_score(tokens).tolist()]
-        [0.2, 0.4]
+        >>> view = AttentionView(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8))
+        >>> last_row_score(LayerTokens(torch.zeros(4, 8), both, both, both * 0, 2, (2,), attention=view)).tolist()
+        [0.25, 0.25]
     """
-    if tokens.attention_rows is None:
-        raise ValueError("attention_rows is missing; declare it in rows()")
-    return tokens.attention_rows.float().mean(dim=0)[tokens.candidates]
+    row = torch.tensor([tokens.last_token], device=tokens.hidden.device)
+    return tokens.view().rows(row)[:, 0].mean(dim=0)[tokens.candidates]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmfast.registry import register
-from mmfast.token_pruning.base import DropOnce, LayerEvent, LayerScorer, LayerTokens
 from mmfast.token_pruning.before_llm.random import random_subset
+from mmfast.token_pruning.layers import DropOnce, LayerEvent, LayerScorer, LayerTokens
 
 
 @register("random_in_llm", stage="in_llm")
@@ -20,6 +20,8 @@ class RandomInLLM(DropOnce, LayerScorer):
     Attributes:
         seed: seed of the draw; report at least three.
     """
+
+    reads_question = False
 
     seed: int = 0
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mmfast.registry import register
-from mmfast.token_pruning.base import DropOnce, LayerEvent, LayerTokens
 from mmfast.token_pruning.before_llm.uniform import uniform_subset
+from mmfast.token_pruning.layers import DropOnce, LayerEvent, LayerTokens
 
 
 @register("uniform_in_llm", stage="in_llm")
@@ -16,6 +16,8 @@ from mmfast.token_pruning.before_llm.uniform import uniform_subset
 class UniformInLLM(DropOnce):
     """Keep evenly spaced visual tokens, from one layer on."""
 
-    def choose(self, tokens: LayerTokens, kept: int, event: LayerEvent) -> Tensor:
+    reads_question = False
+
+    def choose(self, tokens: LayerTokens, kept: int | None, event: LayerEvent) -> Tensor:
         """Return evenly spaced candidates."""
-        return uniform_subset(tokens.candidates.numel(), kept).to(tokens.candidates.device)
+        return uniform_subset(tokens.candidates.numel(), kept or 1).to(tokens.candidates.device)

@@ -1,0 +1,147 @@
+"""Attention of one prompt, computed on demand in blocks and never as a whole matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 22
+"""Largest number of float32 logits held at once (16 MiB)."""
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """What the tokens of ONE prompt look at in one layer, read from its queries and keys.
+
+    Nothing is stored but references to the layer's own tensors; probabilities exist a few rows at a
+    time, so that memory stays at O(heads x tokens) whatever backend the model attends with.
+
+    Attributes:
+        query: ``[H, n, d]`` queries of the prompt's tokens, as the layer used them.
+        key: ``[G, past + n, d]`` keys; G divides H. The last n belong to the prompt's tokens.
+        value: ``[G, past + n, d]`` values, or None where they were not asked for.
+        scaling: factor of the logits, ``d ** -0.5`` when None.
+        softcap: cap of the logits, for models that have one.
+        mask: ``[n, past + n]`` bool (True = visible) or additive; None = causal.
+
+    Example:
+        >>> view = AttentionView(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
+        >>> view.rows(torch.tensor([1]))[0, 0].tolist()
+        [0.5, 0.5, 0.0]
+        >>> view.column_sums(torch.ones(3)).sum().item()
+        3.0
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None = None
+    scaling: float | None = None
+    softcap: float | None = None
+    mask: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number n of tokens of the prompt."""
+        return int(self.query.shape[1])
+
+    @property
+    def heads(self) -> int:
+        """Number H of query heads."""
+        return int(self.query.shape[0])
+
+    @property
+    def past(self) -> int:
+        """Number of cached tokens before the prompt."""
+        return int(self.key.shape[1]) - self.length
+
+    def logits(self, rows: Tensor, *, masked: bool = True) -> Tensor:
+        """Compute rows of scaled logits over the past and the prompt, before the softmax.
+
+        Args:
+            rows: ``[R]`` int64 query rows.
+            masked: set what a row may not see to minus infinity.
+
+        Returns:
+            float32 ``[H, R, past + n]``.
+        """
+        picked = rearrange(self.query[:, rows], "(g r) n d -> g r n d", g=self.key.shape[0]).float()
+        scaling = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        logits = torch.einsum("grnd,gkd->grnk", picked, self.key.float()) * scaling
+        logits = rearrange(logits, "g r n k -> (g r) n k")
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if not masked:
+            return logits
+        if self.mask is None:
+            places = torch.arange(self.key.shape[1], device=logits.device)
+            return logits.masked_fill(places > (rows + self.past)[:, None], -torch.inf)
+        own = self.mask[rows]
+        return logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.float()
+
+    def rows(self, rows: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Compute rows of attention probabilities over the prompt's own tokens.
+
+        The softmax runs over everything a row sees, cached tokens included; only the columns of the
+        prompt are returned. For many rows use :meth:`blocks` or :meth:`column_sums`.
+
+        Args:
+            rows: ``[R]`` int64 query rows.
+            temperature: divides the logits.
+
+        Returns:
+            float32 ``[H, R, n]``.
+        """
+        return (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
+
+    def blocks(self, rows: Tensor, *, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through many rows, a bounded number at a time.
+
+        Args:
+            rows: ``[R]`` int64 query rows.
+            temperature: divides the logits.
+
+        Yields:
+            ``[r]`` int64 places inside ``rows``, and their probabilities, float32 ``[H, r, n]``.
+        """
+        size = max(1, _BLOCK_ELEMENTS // (self.heads * int(self.key.shape[1])))
+        for start in range(0, rows.numel(), size):
+            part = rows[start : start + size]
+            places = torch.arange(start, start + part.numel(), device=rows.device)
+            yield places, self.rows(part, temperature=temperature)
+
+    def column_sums(
+        self,
+        weights: Tensor,
+        *,
+        heads: Literal["mean", "max", "each"] = "mean",
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Add up what all rows give to each column: ``c_j = sum_i weights_i P_ij``.
+
+        Args:
+            weights: ``[n]`` weight of each query row, or ``[H, n]`` one per head (``heads="each"`` only);
+                rows of weight zero are not computed.
+            heads: average the heads, take the largest entry over the heads before adding up, or
+                return each head.
+            temperature: divides the logits.
+
+        Returns:
+            float32 ``[n]``, or ``[H, n]`` for ``heads="each"``.
+        """
+        per_head = weights.ndim == 2
+        used = (weights != 0).any(dim=0) if per_head else weights != 0
+        rows = used.nonzero().squeeze(-1)
+        total = self.query.new_zeros((self.heads, self.length) if heads == "each" else self.length, dtype=torch.float32)
+        for places, block in self.blocks(rows, temperature=temperature):
+            own = weights[..., rows[places]].float()
+            if heads == "each":
+                total += torch.einsum("hrn,hr->hn" if per_head else "hrn,r->hn", block, own)
+            else:
+                reduced = block.amax(dim=0) if heads == "max" else block.mean(dim=0)
+                total += own @ reduced
+        return total
