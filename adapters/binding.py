@@ -21,8 +21,8 @@ from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_uns
 from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
+from mmfast.adapters.mask_rules import rewritten
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
-from mmfast.adapters.pairs import with_pairs
 from mmfast.adapters.media import (
     feature_source,
     items_of,
@@ -36,7 +36,7 @@ from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.plan import Plan
 from mmfast.report import Report
-from mmfast.token_pruning.base import BeforeLLM
+from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
@@ -146,10 +146,19 @@ class Binding:
             if inside is not None and "activations" in inside.needs:
                 for layer in self.adapter.layers:
                     self.adapter.down_projection(layer)
-        if "flash" in implementation and (self.mask or (self.bypass and self.bypass.bypass == "freeze")):
+        masked: list[Method] = [method for method in (self.mask, self.bypass) if method is not None]
+        if self.before is not None and self._calibrates:
+            masked.append(self.before)
+            if not self._can_compact or self.dropper is not None or self.bypass is not None:
+                raise ValueError(
+                    f"method {self.before.name!r}: calibrate=True needs a model with one-dimensional rotary positions "
+                    "and no sliding window, and no method that drops inside the language model; use calibrate=False"
+                )
+            self.adapter.rotary_frequencies()
+        if "flash" in implementation and masked:
             raise ValueError(
-                f"method {(self.mask or self.bypass).name!r} needs a mask that attention implementation "  # type: ignore[union-attr]
-                f"{implementation!r} cannot read; load the model with attn_implementation='sdpa' or 'eager'"
+                f"method {masked[-1].name!r} needs a mask that attention implementation {implementation!r} cannot "
+                "read; load the model with attn_implementation='sdpa' or 'eager'"
             )
         if self.dropper is not None and (implementation == "flex_attention" or "|" in implementation):
             raise ValueError(
@@ -168,6 +177,11 @@ class Binding:
             raise ValueError(
                 f"method {inside.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
             )
+
+    @property
+    def _calibrates(self) -> bool:
+        """Whether attention has to know how many tokens each merged one stands for."""
+        return self.before is not None and bool(getattr(self.before, "calibrate", False))
 
     @property
     def _can_compact(self) -> bool:
@@ -404,9 +418,15 @@ class Binding:
                 None if plain else decoder_mask(reference, batch, level.length, level.real, device)
             )
         kwargs["position_ids"] = positions
-        if self.mask is not None and self._sees_media(inner) and inner.length > 1:
-            kwargs["attention_mask"] = with_pairs(
-                kwargs.get("attention_mask"), self.mask, inner, embeds, reference
+        pairs = self.mask if inner.length > 1 and self._sees_media(inner) else None
+        if pairs is not None or self._calibrates:
+            kwargs["attention_mask"] = rewritten(
+                kwargs.get("attention_mask"),
+                inner,
+                embeds,
+                reference,
+                pairs=pairs,
+                frequencies=self.adapter.rotary_frequencies() if self._calibrates else None,
             )
         self.layers.announce(inner)
 

@@ -142,6 +142,7 @@ class Inner:
         fed: layers whose feed-forward part works on all tokens alive all the same.
         embeds: ``[B, S, D]`` embeddings of the prompt, merged features in place, if a method wants them.
         layouts: per row and image or video, where the tokens that entered lie (no newline tokens).
+        sizes: ``[B, S]`` float32, how many tokens each visual token stands for; None = one each.
         memory: per row, what the method remembers from one event to the next.
         cache: the cache or None.
         seen: logical tokens before this call.
@@ -167,6 +168,7 @@ class Inner:
     fed: set[int] = field(default_factory=set)
     embeds: Tensor | None = None
     layouts: list[tuple[Layout, ...]] = field(default_factory=list)
+    sizes: Tensor | None = None
     memory: list[dict[str, Any]] = field(default_factory=list)
     cache: Any = None
     seen: int = 0
@@ -199,7 +201,8 @@ def announcement(inner: Inner, index: int) -> Announcement:
         return Announcement(inner.length, level.real, level.slots, -1 - index)
     start = max(begin for begin in inner.levels if begin <= index)
     level = inner.levels[start]
-    return Announcement(inner.length, level.real, level.slots, start)
+    sizes = None if inner.sizes is None else inner.sizes.gather(1, level.slots.to(inner.sizes.device))
+    return Announcement(inner.length, level.real, level.slots, start, sizes)
 
 
 def compact_positions(positions: Tensor, real: Tensor | None, first: Tensor) -> Tensor:

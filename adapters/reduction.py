@@ -40,6 +40,10 @@ def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor)
             keep[row, slots[decision.indices]] = True
             if decision.features is not None:
                 embeddings = _overwrite(embeddings, row, slots, decision)
+            if decision.sizes is not None:
+                if inner.sizes is None:
+                    inner.sizes = torch.ones(valid.shape, device=embeds.device)
+                inner.sizes[row, slots[decision.indices]] = decision.sizes.to(embeds.device)
     return keep, embeddings, changed
 
 

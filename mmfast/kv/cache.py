@@ -17,12 +17,14 @@ class Announcement:
         valid: ``[B, q]`` bool, which of the q stored tokens are real; None = all.
         slots: ``[B, q]`` int64, the logical place of each stored token, counted from the start of the call.
         level: number that tells apart the different selections of tokens inside one call.
+        sizes: ``[B, q]`` float32, how many tokens each stored one stands for; None = one each.
     """
 
     length: int
     valid: Tensor | None
     slots: Tensor
     level: int = 0
+    sizes: Tensor | None = None
 
 
 class LogicalLength:
@@ -34,6 +36,7 @@ class LogicalLength:
         seen: logical tokens so far, dropped ones included; what ``get_seq_length`` reports.
         valid: ``[B, P]`` bool, which stored slots are real tokens; None = all.
         slots: ``[B, P]`` int64, logical place of each stored token.
+        sizes: ``[B, P]`` float32, how many tokens each stored one stands for; None = one each.
         shift: ``[B]`` int64, by how much positions of later tokens are lowered (compact positions).
         renumbered: how many of the shifts this layer does not share with the first one.
         history: layers of one cache with the same history have the same books.
@@ -42,6 +45,7 @@ class LogicalLength:
     seen: int
     valid: Tensor | None
     slots: Tensor | None
+    sizes: Tensor | None
     shift: Tensor | None
     renumbered: int
     history: int
@@ -54,6 +58,7 @@ class LogicalLength:
         self.seen = 0
         self.valid = None
         self.slots = None
+        self.sizes = None
         self.shift = None
         self.renumbered = 0
         self.history = 0
@@ -89,6 +94,11 @@ class LogicalLength:
                 else torch.ones(batch, query, dtype=torch.bool, device=device)
             )
             self.valid = torch.cat([before, new], dim=1)
+        if self.sizes is not None or note.sizes is not None:
+            ones = torch.ones(batch, self.slots.shape[1], device=device)
+            past = self.slots.shape[1] - query
+            sizes = ones[:, :past] if self.sizes is None else self.sizes
+            self.sizes = torch.cat([sizes, ones[:, past:] if note.sizes is None else note.sizes.to(device)], dim=1)
         self.seen += note.length
         self.history = hash((self.history, note.level))
 
@@ -113,18 +123,20 @@ class LogicalLength:
         self.slots = slots[:, :-tokens]
         if self.valid is not None:
             self.valid = self.valid[:, :-tokens]
+        if self.sizes is not None:
+            self.sizes = self.sizes[:, :-tokens]
         self.seen -= tokens
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder or choose rows of the batch in every book."""
-        for name in ("valid", "slots", "shift"):
+        for name in ("valid", "slots", "sizes", "shift"):
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.index_select(0, rows.to(book.device)))
 
     def repeat_rows(self, repeats: int) -> None:
         """Repeat each row of the batch in every book."""
-        for name in ("valid", "slots", "shift"):
+        for name in ("valid", "slots", "sizes", "shift"):
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.repeat_interleave(repeats, dim=0))
@@ -144,6 +156,7 @@ class LogicalLength:
             states = getattr(self, name)
             setattr(self, name, states.gather(2, wanted.expand(-1, states.shape[1], -1, states.shape[3])))
         self.slots = self.slots.gather(1, places)
+        self.sizes = None if self.sizes is None else self.sizes.gather(1, places)
         valid = None if self.valid is None else self.valid.gather(1, places)
         if real is not None:
             real = real.to(places.device)

@@ -1,0 +1,120 @@
+"""Rewrite the mask of a whole call: further pairs that may look at each other, and weights of merged tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.adapters.call import Inner
+from mmfast.token_pruning.layers import LayerMask
+
+
+def rewritten(
+    mask: Any,
+    inner: Inner,
+    embeds: Tensor,
+    reference: Any,
+    *,
+    pairs: LayerMask | None = None,
+    frequencies: Tensor | None = None,
+) -> Any:
+    """Write a mask out and change it.
+
+    Args:
+        mask: what the decoder would get: None, ``[B, KV]``, 4-D, or a mapping of such by kind of layer.
+        inner: the call, with its first level.
+        embeds: ``[B, S, D]`` for device and dtype.
+        reference: the cache layer that sizes the masks, before this call; None without a cache.
+        pairs: a method that makes further pairs of tokens visible.
+        frequencies: ``[d/2]`` rotary frequencies, to calibrate attention to merged tokens; None = do not.
+
+    Returns:
+        An additive mask ``[B, 1, K, past + K]``, or a mapping of such.
+    """
+    if isinstance(mask, Mapping):
+        return {
+            kind: rewritten(value, inner, embeds, reference, pairs=pairs, frequencies=frequencies)
+            for kind, value in mask.items()
+        }
+    level = inner.levels[0]
+    batch, length = level.slots.shape
+    device = embeds.device
+    stored = 0 if reference is None else reference.stored
+    visible = _visible(mask, batch, length, stored, device)
+    # The decoder sizes masks by the logical length; what is stored stands at the right.
+    visible = visible[..., -(stored + length) :]
+    if pairs is not None:
+        _add_pairs(visible, pairs, inner, stored)
+    bias = torch.zeros(visible.shape, dtype=torch.float32, device=device)
+    if frequencies is not None:
+        bias += _calibration(inner, reference, frequencies, device)
+    return bias.to(embeds.dtype).masked_fill(~visible, torch.finfo(embeds.dtype).min)
+
+
+def _visible(mask: Tensor | None, batch: int, length: int, stored: int, device: torch.device) -> Tensor:
+    """Write out who sees whom, bool ``[B, 1, K, KV]``."""
+    if mask is not None and mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        return seen.expand(batch, 1, -1, -1).clone()
+    places = torch.arange(stored + length, device=device)
+    visible = (places <= places[stored:, None]).expand(batch, 1, -1, -1).clone()
+    if mask is not None:
+        visible &= mask[:, -(stored + length) :].bool()[:, None, None, :]
+    return visible
+
+
+def _add_pairs(visible: Tensor, method: LayerMask, inner: Inner, stored: int) -> None:
+    level = inner.levels[0]
+    length, device = level.length, visible.device
+    slots = level.slots.cpu()
+    for row, parts in enumerate(inner.segments):
+        real = torch.ones(length, dtype=torch.bool) if level.real is None else level.real[row].cpu()
+        place_of = torch.full((inner.length,), -1, dtype=torch.int64)
+        place_of[slots[row, real]] = real.nonzero().squeeze(-1)
+        media = [part.slots.cpu() for part in parts]
+        text = slots[row, real]
+        text = text[~torch.isin(text, torch.cat(media))] if media else text
+        for rows, columns in method.visible(media, text):
+            own_rows, own_columns = (places[places >= 0] for places in (place_of[rows], place_of[columns]))
+            visible[row, 0, own_rows[:, None].to(device), stored + own_columns[None, :].to(device)] = True
+
+
+def _calibration(inner: Inner, reference: Any, frequencies: Tensor, device: torch.device) -> Tensor:
+    """Weigh keys by how many tokens they stand for and by their distance.
+
+    The logit of key n for query m gains ``log(s_n (c - D(|m - n|)))`` with ``c = 2`` and
+    ``D(t) = 2/d sum_j cos(t theta_j)``: a merged token counts for those it replaced, and the loss by
+    which rotary positions weaken distant keys is given back.
+
+    Returns:
+        float32 ``[B, 1, K, past + K]``.
+    """
+    level = inner.levels[0]
+    slots = level.slots.to(device)
+    sizes = _sizes(inner, device)
+    queries = slots + inner.seen
+    if reference is not None and reference.stored and reference.slots is not None:
+        past = reference.sizes
+        past = torch.ones_like(reference.slots, dtype=torch.float32) if past is None else past
+        sizes = torch.cat([past.to(device), sizes], dim=1)
+        keys = torch.cat([reference.slots.to(device), queries], dim=1)
+    else:
+        keys = queries
+    reach = int((queries.max() - keys.min()).abs()) + 1
+    steps = torch.arange(reach, device=device, dtype=torch.float32)
+    decay = torch.cos(steps[:, None] * frequencies.to(device).float()).mean(dim=-1)
+    distance = (queries[:, :, None] - keys[:, None, :]).abs().clamp_max(reach - 1)
+    weights = (2.0 - decay[distance]).clamp_min(1e-6).log() + sizes.log()[:, None, :]
+    # A prompt in which nothing was merged stays as it is.
+    return torch.where((sizes > 1).any(dim=1)[:, None, None], weights, 0.0)[:, None]
+
+
+def _sizes(inner: Inner, device: torch.device) -> Tensor:
+    """How many tokens each token of the first level stands for, float32 ``[B, K]``."""
+    level = inner.levels[0]
+    if inner.sizes is None:
+        return torch.ones(level.slots.shape, device=device)
+    return inner.sizes.to(device).gather(1, level.slots.to(device))
