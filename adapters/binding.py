@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
@@ -91,6 +92,9 @@ class Binding:
                     "or pass replace=True"
                 )
             running.detach()
+        notice = "" if self.dropper is None else self.dropper.notice(adapter.shape.layers)
+        if self.dropper is not None and notice:
+            warnings.warn(f"method {self.dropper.name!r}: {notice}", stacklevel=4)
         self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
         try:
             self._attach()

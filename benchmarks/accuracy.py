@@ -1,11 +1,13 @@
-"""Accuracy of the embedded model against kept tokens, on rendered scenes it has never seen.
+"""Accuracy of the embedded model against kept tokens, for every method, on rendered scenes it has never seen.
 
-    python benchmarks/accuracy.py [--questions N] [--out FILE.json]
+    python benchmarks/accuracy.py [--questions N] [--methods NAME ...] [--out FILE.json]
 
-Exact match on held-out questions (six families in equal numbers). ``keep`` is what is left of the 256 visual
-tokens: at the entrance of the language model for methods before it, in its last layer for PyramidDrop.
-Randomness is averaged over three seeds. The embedded model was trained with dropped backgrounds and
-supervised attention, so methods that read its attention look better here than on public models.
+Exact match on held-out questions (six families in equal numbers), ``keep`` as each method means it: what is
+left before the language model or after a single drop, the average over the layers for schedules. The visual
+tokens that a layer really read on average are recorded beside it. Randomness is averaged over three seeds.
+Every finished cell is written at once, and a broken-off run goes on where it stopped. The embedded model was
+trained with dropped backgrounds and supervised attention, so methods that read its attention look better here
+than on public models.
 """
 
 from __future__ import annotations
@@ -30,15 +32,9 @@ import mmfast
 from mmfast.adapters import prepare
 from mmfast.eval.datasets.shapes import Record, Shapes, score
 
-KEEPS = (0.5, 0.25, 0.1)
-METHODS = {
-    "divprune": ("divprune(keep={keep})",),
-    "pyramiddrop": ("pyramiddrop(keep={keep})",),
-    "random": tuple(f"random(keep={{keep}}, seed={seed})" for seed in range(3)),
-    "uniform": ("uniform(keep={keep})",),
-    "pool2d": ("pool2d(keep={keep})",),
-    "fastv": ("fastv(layer=2, keep={keep})",),
-}
+KEEPS = (0.5, 0.25, 0.1, 0.05)
+SEEDED = {"random", "random_in_llm"}
+SEEDS = 3
 
 
 @torch.inference_mode()
@@ -68,54 +64,142 @@ def accuracy(model: Any, processor: Any, records: list[Record], plan: str, batch
     }
 
 
+def plans(info: mmfast.MethodInfo, keep: float) -> list[str]:
+    """Write the plans whose results are averaged."""
+    if "keep" not in info.options:
+        return [f"{info.name}()"]
+    if info.name in SEEDED:
+        return [f"{info.name}(keep={keep}, seed={seed})" for seed in range(SEEDS)]
+    return [f"{info.name}(keep={keep})"]
+
+
+def cell(model: Any, processor: Any, records: list[Record], info: mmfast.MethodInfo, keep: float, batch: int) -> Any:
+    """Measure one method at one budget; a refusal is recorded as such."""
+    try:
+        runs = [accuracy(model, processor, records, plan, batch) for plan in plans(info, keep)]
+    except ValueError as error:
+        return {"refused": str(error)}
+    return {
+        "accuracy": sum(run["accuracy"] for run in runs) / len(runs),
+        "answers": len(records) * len(runs),
+        "layer_average": runs[0]["layer_average"],
+        "families": {f: sum(run["families"][f] for run in runs) / len(runs) for f in runs[0]["families"]},
+        "plans": [run["plan"] for run in runs],
+    }
+
+
+def half_width(share: float, answers: int) -> float:
+    """Return half the width of the 95 % confidence interval of a share (Wilson).
+
+    Unlike the normal approximation it is not zero where every answer is right.
+    """
+    z = 1.96
+    return z / (1 + z * z / answers) * math.sqrt(share * (1 - share) / answers + z * z / (4 * answers * answers))
+
+
+def verdicts(results: dict[str, Any], stages: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Say of each cell whether it is better or worse than random dropping at the same tokens per layer.
+
+    Random dropping at the same stage is interpolated to the tokens per layer of the cell; a difference
+    counts when it exceeds its own 95 % interval.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, cells in results.items():
+        baseline = results["random" if stages[name] == "before_llm" else "random_in_llm"]
+        points = sorted((c["layer_average"], c["accuracy"], c["answers"]) for c in baseline.values())
+        found[name] = {}
+        for keep, own in cells.items():
+            if "refused" in own:
+                continue
+            chance = _interpolated(points, own["layer_average"])
+            width = math.hypot(half_width(own["accuracy"], own["answers"]), half_width(chance, points[0][2]))
+            difference = own["accuracy"] - chance
+            found[name][keep] = "same" if abs(difference) <= width else "better" if difference > 0 else "worse"
+    return found
+
+
+def _interpolated(points: list[tuple[float, float, int]], tokens: float) -> float:
+    """Interpolate accuracy over the logarithm of the tokens; beyond the ends the nearest point holds."""
+    if tokens <= points[0][0]:
+        return points[0][1]
+    for (left, low, _), (right, high, _) in zip(points, points[1:], strict=False):
+        if tokens <= right:
+            share = math.log(tokens / left) / math.log(right / left)
+            return low + share * (high - low)
+    return points[-1][1]
+
+
+def _table(content: dict[str, Any]) -> Table:
+    full = content["full"]
+    width = half_width(full["accuracy"], content["questions"])
+    table = Table(
+        title=f"Exact match on {content['questions']} held-out questions; untouched {full['accuracy']:.3f} "
+        f"(+-{width:.3f} at 95 %); + better, - worse than random at the same tokens per layer",
+        title_justify="left",
+    )
+    for column in ("method", *(f"{keep:.0%}" for keep in KEEPS)):
+        table.add_column(column)
+    signs = {"better": "+", "worse": "-", "same": " "}
+    for name, cells in content["methods"].items():
+        row = [name]
+        for keep in KEEPS:
+            own = cells[str(keep)]
+            row.append(
+                "refused"
+                if "refused" in own
+                else f"{own['accuracy']:.3f}{signs[content['against_random'][name][str(keep)]]} "
+                f"({own['layer_average']:.0f})"
+            )
+        table.add_row(*row)
+    return table
+
+
 def main() -> int:
     """Measure, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=600, help="held-out questions (default 600)")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--methods", nargs="*", help="only these (and the random baselines)")
+    parser.add_argument("--out", type=Path, default=Path("build/accuracy.json"), help="results as JSON; resumed if there")
     options = parser.parse_args()
     model, processor = mmfast.load_default()
     records = list(Shapes(split="heldout", num_questions=options.questions))
-    full = accuracy(model, processor, records, "full", options.batch)
-    cells = [(name, keep) for name in METHODS for keep in KEEPS]
-    results: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
-    for name, keep in track(cells, description="plans", transient=True):
-        runs = [accuracy(model, processor, records, plan.format(keep=keep), options.batch) for plan in METHODS[name]]
-        results[name][str(keep)] = {
-            "accuracy": sum(run["accuracy"] for run in runs) / len(runs),
-            "layer_average": runs[0]["layer_average"],
-            "families": {f: sum(run["families"][f] for run in runs) / len(runs) for f in runs[0]["families"]},
-            "plans": [run["plan"] for run in runs],
-        }
-    error = 1.96 * math.sqrt(full["accuracy"] * (1 - full["accuracy"]) / len(records))
+    listed = [
+        info
+        for info in mmfast.methods()
+        if info.stage in ("before_llm", "in_llm")
+        and (not options.methods or info.name in SEEDED or info.name in options.methods)
+    ]
+    content: dict[str, Any] = {"questions": len(records), "methods": {}}
+    if options.out.exists():
+        content = json.loads(options.out.read_text())
+        if content["questions"] != len(records):
+            parser.error(f"{options.out} holds results of {content['questions']} questions; pass another --out")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if "full" not in content:
+        content["full"] = accuracy(model, processor, records, "full", options.batch)
+    todo = [(info, keep) for info in listed for keep in KEEPS]
+    for info, keep in track(todo, description="plans", transient=True):
+        cells = content["methods"].setdefault(info.name, {})
+        if str(keep) not in cells:
+            cells[str(keep)] = cell(model, processor, records, info, keep, options.batch)
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+    content["methods"] = {info.name: content["methods"][info.name] for info in listed}
+    content["stages"] = {info.name: info.stage for info in listed}
+    content["against_random"] = verdicts(content["methods"], content["stages"])
+    content["versions"] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "mmfast": mmfast.__version__,
+    }
+    content["date"] = datetime.now(UTC).strftime("%Y-%m-%d")
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
     console = Console(width=140)
-    table = Table(
-        title=f"Exact match on {len(records)} held-out questions (+-{error:.3f} at 95 %)",
-        title_justify="left",
-    )
-    for column in ("kept", "full", *METHODS):
-        table.add_column(column)
-    table.add_row("100 %", f"{full['accuracy']:.3f}", *("" for _ in METHODS))
-    for keep in KEEPS:
-        table.add_row(f"{keep:.0%}", "", *(f"{results[name][str(keep)]['accuracy']:.3f}" for name in METHODS))
-    console.print(table)
-    console.print({family: round(value, 3) for family, value in full["families"].items()})
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "questions": len(records),
-            "full": full,
-            "methods": results,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-                "mmfast": mmfast.__version__,
-            },
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        }
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(_table(content))
+    worse = {keep: [n for n, v in content["against_random"].items() if v.get(str(keep)) == "worse"] for keep in KEEPS}
+    for keep, names in worse.items():
+        console.print(f"worse than random at keep={keep}: {', '.join(names) or 'none'}")
     return 0
 
 

@@ -41,7 +41,7 @@ PLANS = (
     "random(keep=64)",
     "fastv(layer=2, keep=64)",
     "fastv(layer=2, keep=288)",
-    "pyramiddrop(layers=(3, 6, 9))",
+    "pyramiddrop()",
     "divprune(keep=192) + fastv(layer=2, keep=64)",
 )
 
@@ -51,7 +51,7 @@ def build(device: torch.device) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=336,
+            hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=2, image_size=336,
             patch_size=14,
         ),
         text_config=LlamaConfig(
@@ -221,10 +221,10 @@ def selection_memory(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for total, kept in ((576, 64), (4096, 256), (8192, 256), (50_000, 1000)):
         features = torch.randn(total, 256, device=device)
-        before = _peak_start(device)
+        before = peak_start(device)
         begin = time.perf_counter()
         max_min_order(features, kept)
-        peak = _peak_end(device, before)
+        peak = peak_end(device, before)
         rows.append(
             {
                 "tokens": total,
@@ -237,7 +237,8 @@ def selection_memory(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def _peak_start(device: torch.device) -> int:
+def peak_start(device: torch.device) -> int:
+    """Begin to watch the peak of memory; hand the result to :func:`peak_end`."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -246,7 +247,8 @@ def _peak_start(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def _peak_end(device: torch.device, before: int) -> int:
+def peak_end(device: torch.device, before: int) -> int:
+    """Return the extra bytes at the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
     return _status("VmHWM") - before

@@ -222,3 +222,26 @@ def prefill_flops(shape: LanguageShape, tokens_per_layer: Sequence[int]) -> int:
         2.007
     """
     return sum(shape.layer_flops(n) for n in tokens_per_layer)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan will do to a prompt, worked out without running a model.
+
+    Attributes:
+        entered: visual tokens that enter the language model.
+        tokens_per_layer: tokens that attend in each layer, text included.
+        layer_average: visual tokens per layer, averaged over the layers.
+        flops: multiply-accumulates of the prefill of the language model.
+        full_flops: the same without the plan.
+        kv_bytes: bytes of the key/value cache after the prefill.
+        full_kv_bytes: the same without the plan.
+    """
+
+    entered: int
+    tokens_per_layer: tuple[int, ...]
+    layer_average: float
+    flops: int
+    full_flops: int
+    kv_bytes: int
+    full_kv_bytes: int

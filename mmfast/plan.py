@@ -7,13 +7,15 @@ import difflib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmfast.budget import LanguageShape, Prediction, prefill_flops, shares
 from mmfast.registry import STACKING_STAGES, STAGES, get
-from mmfast.token_pruning.base import Method
+from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.layers import LayerBypass, LayerDropper
 
 _EXAMPLE = '"divprune(keep=64) + pyramiddrop()"'
 
@@ -149,6 +151,64 @@ class Plan:
         """Write the form of plan files, every option named."""
         return {"method": [{"name": method.name, **method.options()} for method in self.methods]}
 
+    def keep_counts(
+        self, visual: int, text: int, shape: LanguageShape, *, images: int = 1, bytes_per_value: int = 2
+    ) -> Prediction | None:
+        """Predict tokens per layer, FLOPs and cache size without running the model.
+
+        Args:
+            visual: visual tokens the model makes of the prompt's images or videos, newline tokens not
+                counted, in equal parts.
+            text: all other tokens of the prompt.
+            shape: sizes of the language model.
+            images: how many images or videos there are.
+            bytes_per_value: 2 for half precision, 4 for float32.
+
+        Returns:
+            The prediction, or None where a method leaves the count to the data.
+
+        Example:
+            >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
+            >>> found = Plan.parse("divprune(keep=128) + fastv(layer=2, keep=64)").keep_counts(576, 64, llava)
+            >>> found.entered, found.layer_average, round(found.flops / found.full_flops, 3)
+            (128, 68.0, 0.202)
+        """
+        entered = visual
+        for before in self.at("before_llm"):
+            if isinstance(before, BeforeLLM):
+                if before.keep is None:
+                    return None
+                entered = shared_count(entered, images, before.keep_count)
+        alive: list[int] | None = [entered + text] * shape.layers
+        attending, mode = alive, "skip"
+        for method in self.at("in_llm"):
+            if isinstance(method, LayerDropper):
+                alive = method.keep_counts(entered, text, shape.layers, images)
+                if alive is None:
+                    return None
+                attending = alive
+        for method in self.at("in_llm"):
+            if isinstance(method, LayerBypass):
+                taking_part = method.keep_counts(entered, text, shape.layers, images)
+                if taking_part is None:
+                    return None
+                attending, mode = [min(pair) for pair in zip(alive, taking_part, strict=True)], method.bypass
+        shown = alive if mode == "freeze" else attending
+        fed = alive if mode == "attention" else attending
+        full = visual + text
+        return Prediction(
+            entered=entered,
+            tokens_per_layer=tuple(attending),
+            layer_average=sum(attending) / shape.layers - text,
+            flops=sum(
+                shape.layer_flops(count, seen, projected=seen, fed=through)
+                for count, seen, through in zip(attending, shown, fed, strict=True)
+            ),
+            full_flops=prefill_flops(shape, [full] * shape.layers),
+            kv_bytes=shape.kv_bytes(shown, bytes_per_value),
+            full_kv_bytes=shape.kv_bytes([full] * shape.layers, bytes_per_value),
+        )
+
     def at(self, stage: str) -> tuple[Method, ...]:
         """Return the methods that act at ``stage``."""
         return tuple(method for method in self.methods if method.stage == stage)
@@ -156,6 +216,16 @@ class Plan:
 
 PlanLike = str | Path | Plan | Method | Mapping[str, Any] | Iterable[Method]
 """Everything :meth:`Plan.of` understands."""
+
+
+def shared_count(total: int, items: int, count: Callable[[int], int]) -> int:
+    """Add up what is kept of ``total`` tokens in ``items`` equal parts, which decide one by one.
+
+    Example:
+        >>> shared_count(100, 2, lambda tokens: min(tokens, 30))
+        60
+    """
+    return sum(count(part) for part in shares(total, [1] * items) if part)
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:

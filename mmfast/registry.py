@@ -59,6 +59,26 @@ class MethodInfo:
     options: dict[str, Any]
     method: type
 
+    @property
+    def action(self) -> str:
+        """What happens to a token that is not worth it: ``drops``, ``merges``, ``reroutes`` or ``masks``."""
+        if self.kind in ("LayerBypass", "LayerMask"):
+            return "reroutes" if self.kind == "LayerBypass" else "masks"
+        return "merges" if self.merges else "drops"
+
+    @property
+    def turns(self) -> str:
+        """What later turns of a chat see: ``any question``, or what the ``first question`` left."""
+        return "first question" if self.reads_question else "any question"
+
+    @property
+    def positions(self) -> str:
+        """The position policies: ``keep`` and, where the model allows it, ``compact``; the default first."""
+        if "positions" not in self.options:
+            return "keep"
+        default = self.options["positions"] or ("compact" if self.stage == "before_llm" else "keep")
+        return "compact, keep" if default == "compact" else "keep, compact"
+
 
 def register(
     name: str,

@@ -14,8 +14,9 @@ from rich.table import Table
 import mmfast
 from mmfast.cli import common
 
-COLUMNS = ("method", "stage", "kind", "training-free", "paper", "source", "summary")
-_WIDE = 140
+COLUMNS = ("method", "stage", "action", "needs", "positions", "later turns", "training", "vectors", "paper", "summary")
+_WIDE = 190
+_NARROW = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,10 @@ def as_json(info: mmfast.MethodInfo) -> dict[str, Any]:
         "paper": info.paper,
         "source": info.source,
         "training_free": info.training_free,
+        "action": info.action,
+        "later_turns": info.turns,
+        "positions": info.positions,
+        "official_vectors": info.vectors,
         "needs": list(info.needs),
         "options": {name: "required" if value is MISSING else value for name, value in info.options.items()},
         "doc": inspect.getdoc(info.method) or "",
@@ -61,20 +66,26 @@ def _list(listed: list[mmfast.MethodInfo]) -> None:
         (
             info.name,
             info.stage,
-            info.kind,
-            "yes" if info.training_free else "no",
+            info.action,
+            ", ".join(info.needs) or "-",
+            info.positions,
+            info.turns,
+            "no" if info.training_free else "yes",
+            "yes" if info.vectors else "no",
             info.paper or "baseline",
-            info.source or "-",
             info.summary,
         )
         for info in listed
     ]
-    # Where seven columns do not fit, five and three do.
-    parts = [range(7)] if console.width >= _WIDE else [range(5), (0, 5, 6)]
+    # Where ten columns do not fit, several tables with fewer do.
+    wide, places = range(10), [range(8), (0, 8, 9)]
+    parts = [wide] if console.width >= _WIDE else places
+    if console.width < _NARROW:
+        parts = [(0, 1, 2, 6, 7), (0, 3), (0, 4, 5), (0, 8, 9)]
     for part in parts:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for place in part:
-            table.add_column(COLUMNS[place], no_wrap=place != 6)
+            table.add_column(COLUMNS[place], no_wrap=place not in (3, 9), overflow="fold")
         for row in rows:
             table.add_row(*(row[place] for place in part))
         console.print(table)
@@ -84,7 +95,11 @@ def _show(info: mmfast.MethodInfo) -> None:
     facts = {
         "stage": info.stage,
         "kind": info.kind,
-        "training-free": "yes" if info.training_free else "no",
+        "action": info.action,
+        "training": "not needed" if info.training_free else "needed",
+        "positions": info.positions,
+        "later turns": f"see what the {info.turns} left" if info.reads_question else "see what is left for any question",
+        "vectors": "tested against official ones" if info.vectors else "no official ones",
         "paper": info.paper or "baseline",
         "source": info.source or "-",
         "needs": ", ".join(info.needs) or "-",

@@ -162,6 +162,10 @@ class LayerDropper(Method):
         """Say which attention the event needs; None for none."""
         return None
 
+    def notice(self, depth: int) -> str:
+        """Say what a user should know about these options in a model of ``depth`` layers; empty for nothing."""
+        return ""
+
     @abstractmethod
     def counts(self, total: int, depth: int, images: int = 1) -> list[int] | None:
         """Say how many of ``total`` visual tokens are left after each event, non-increasing.
@@ -380,19 +384,20 @@ class Schedule(LayerDropper):
         return dict(zip(resolved, self.fractions, strict=True))
 
     def events(self, depth: int) -> list[LayerEvent]:
-        """Return one event per layer of the schedule.
+        """Return one event per layer of the schedule."""
+        return [LayerEvent(layer, step, depth) for step, layer in enumerate(self.steps(depth))]
 
-        Raises:
-            ValueError: if ``keep`` is a fraction that no setting of the schedule reaches.
-        """
+    def notice(self, depth: int) -> str:
+        """Say when ``keep`` is a fraction that no setting of the schedule reaches."""
         layers = list(self.steps(depth))
-        if isinstance(self.keep, float) and self.keep < average_of([0.0] * len(layers), layers, depth):
-            raise ValueError(
-                f"keep={self.keep:g} as an average over the layers cannot be reached: the {layers[0]} of {depth} layers "
-                f"before the first drop read every token, so it must be at least {layers[0] / depth:.3f}; drop in "
-                "earlier layers or before the LLM"
-            )
-        return [LayerEvent(layer, step, depth) for step, layer in enumerate(layers)]
+        least = average_of([0.0] * len(layers), layers, depth)
+        if not isinstance(self.keep, float) or self.keep >= least:
+            return ""
+        return (
+            f"keep={self.keep:g} as an average over the layers cannot be reached: the {layers[0]} of {depth} layers before "
+            f"the first drop read every token, so the least, {least:.3f}, is what it comes to; drop in earlier layers or "
+            "before the LLM for less"
+        )
 
     def solved(self, total: int, depth: int, images: int = 1) -> list[float]:
         """Return the fractions left after each step for this ``keep``."""
