@@ -20,7 +20,7 @@ from mmfast.cli.drawings import LIMIT, as_seen, drawings
 from mmfast.cli.figures import as_json, figures, memory_note
 from mmfast.cli.html import page
 from mmfast.compare import PlanComparison, PlanRun
-from mmfast.report import MediaRecord, Report, Timing
+from mmfast.report import LayerWork, MediaRecord, Report, Timing
 from mmfast.tokens import Layout
 
 SHAPE = LanguageShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=2, head_dim=4)
@@ -58,7 +58,8 @@ def record(layout: Layout, kept: list[int] | None = None) -> MediaRecord:
 def report(plan: str, *records: MediaRecord, **values: int) -> Report:
     entered = sum(item.entered for item in records)
     layers = [[entered + 3] * SHAPE.layers]
-    return Report(plan, "Model", SHAPE, list(records), [3], layers, kv_bytes=1000 * entered, **values)
+    work = [[LayerWork(count, count, count) for count in row] for row in layers]
+    return Report(plan, "Model", SHAPE, list(records), [3], work, kv_bytes=1000 * entered, **values)
 
 
 def comparison(*totals: float, peaks: tuple[int, ...] = (0, 0, 0)) -> PlanComparison:
