@@ -12,7 +12,9 @@ from mmfast.adapters import families
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-COLUMNS = ("method", "stage", "needs training", "works with", "paper", "source")
+COLUMNS = (
+    "method", "stage", "action", "needs", "positions", "later turns see", "training", "vectors", "works with", "paper", "code"
+)  # fmt: skip
 
 
 def _works_with(info: mmfast.MethodInfo) -> str:
@@ -43,7 +45,12 @@ def method_table() -> str:
         (
             f"`{info.name}`",
             info.stage,
+            info.action,
+            ", ".join(info.needs).replace("_", " "),
+            info.positions,
+            info.turns,
             "no" if info.training_free else "yes",
+            "yes" if info.vectors else "",
             _works_with(info),
             _paper_link(info.paper),
             f"[{info.source}](https://github.com/{info.source})" if info.source else "",
@@ -69,19 +76,40 @@ def latest(pattern: str) -> dict[str, Any]:
 def accuracy_text() -> str:
     """Describe accuracy against kept tokens."""
     result = latest("accuracy-*.json")
-    methods = result["methods"]
-    rows = [("kept of 256", *(f"`{name}`" for name in methods))]
-    rows.append(("100 %", *(f"{result['full']['accuracy']:.3f}" for _ in methods)))
-    for keep in next(iter(methods.values())):
-        rows.append((f"{float(keep):.0%}", *(f"{cells[keep]['accuracy']:.3f}" for cells in methods.values())))
+    methods, signs = result["methods"], {"better": " +", "worse": " -", "same": ""}
+    keeps = list(next(iter(methods.values())))
+    rows: list[tuple[str, ...]] = [("method", *(f"keep={keep}" for keep in keeps))]
+    for name, cells in methods.items():
+        verdict = result["against_random"][name]
+        rows.append(
+            (
+                f"`{name}`",
+                *(
+                    "refused"
+                    if "refused" in own
+                    else f"{own['accuracy']:.3f}{signs[verdict[keep]]} ({own['layer_average']:.0f})"
+                    for keep, own in cells.items()
+                ),
+            )
+        )
     families = ", ".join(f"{name} {value:.3f}" for name, value in result["full"]["families"].items())
+    losers = "; ".join(
+        f"keep={keep}: "
+        + (", ".join(f"`{n}`" for n, v in result["against_random"].items() if v.get(keep) == "worse") or "none")
+        for keep in keeps
+    )
     return (
-        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random: mean of "
-        f"three seeds; {result['date']}), made by `python benchmarks/accuracy.py`:\n\n{table(rows)}\n\n"
-        f"Full model per question type: {families}. `keep` is what is left at the entrance of the language model, and "
-        "for `pyramiddrop` and `fastv` in its last layer, after one or two layers that read more (the demo model has "
-        "four). The demo model was trained with dropped backgrounds and supervised attention: methods that read its "
-        "attention look better here than on public models."
+        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random baselines: mean "
+        f"of three seeds; {result['date']}), made by `python benchmarks/accuracy.py`. Untouched: "
+        f"{result['full']['accuracy']:.3f} ({families}). In brackets the visual tokens a layer reads on average, of 256. "
+        "A plus or minus says better or worse than random dropping at the same stage and the same tokens per layer, by more "
+        "than the 95 % interval of the difference.\n\n"
+        f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
+        "![Accuracy against visual tokens per layer, one panel per method](docs/images/accuracy.svg)\n\n"
+        f"Worse than random: {losers}. Methods that need training run without trained weights here, which says nothing of "
+        "them but that they run. The demo model has four layers, so methods inside it have little room, and it was trained "
+        "with dropped backgrounds and supervised attention: methods that read its attention look better here than on "
+        "public models."
     )
 
 
@@ -114,6 +142,38 @@ def speed_text() -> str:
     )
 
 
+def cost_text() -> str:
+    """Describe what each method costs and gains."""
+    result = latest("methods-*.json")
+    measured = [row for row in result["prefill"] if "speedup" in row]
+    rows: list[tuple[str, ...]] = [("plan", "layer average", "choosing", "FLOPs ratio", "faster")]
+    rows += [
+        (
+            f"`{row['plan']}`",
+            f"{row['layer_average']:.0f}",
+            f"{row['selection_share']:.1%}",
+            f"{row['flops_ratio']:.2f}x",
+            f"{row['speedup']:.2f}x" + (" **SLOWER**" if row["slower"] else ""),
+        )
+        for row in measured
+    ]
+    cheap = sum(row["selection_share"] < 0.05 for row in measured)
+    slow = ", ".join(f"`{row['method']}`" for row in measured if row["slower"]) or "none"
+    choices = [row for row in result["choices"] if "exponent" in row]
+    quadratic = ", ".join(f"`{row['method']}`" for row in choices if row["exponent"] > 1.5) or "none"
+    largest = max(choices, key=lambda row: row["mb_64"])
+    machine = result["machine"]
+    return (
+        f"**Every method, 576 to 64 visual tokens**, against the untouched prefill ({result['setting']}; "
+        f"{machine['device']}, {machine['threads']} thread, {machine['date']}; median of {result['repeats']}), made by "
+        f"`python benchmarks/methods.py`. Choosing, reading the vision encoder included, takes less than 5 % of the full "
+        f"prefill for {cheap} of {len(measured)} methods. Slower than no pruning here: {slow}.\n\n"
+        f"<details><summary>Cost and gain of each</summary>\n\n{table(rows)}\n\n</details>\n\n"
+        f"On 64 frames of 196 tokens the choice that takes most memory is `{largest['method']}` with "
+        f"{largest['mb_64']:.0f} MB on top. Time grows with more than the power 1.5 of the tokens for: {quadratic}."
+    )
+
+
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -125,7 +185,7 @@ def filled(page: str, name: str, content: str) -> str:
 def updated(page: str) -> str:
     """Return the page with every generated part renewed."""
     page = filled(page, "methods", method_table())
-    return filled(page, "measured", f"{speed_text()}\n\n{accuracy_text()}")
+    return filled(page, "measured", f"{speed_text()}\n\n{cost_text()}\n\n{accuracy_text()}")
 
 
 if __name__ == "__main__":
