@@ -33,6 +33,9 @@ class Bypasser:
 
     def arm(self, inner: Inner) -> list[int]:
         """Say which layers to hook in this call."""
+        if inner.length == 1 and self.method.routes_decode:
+            inner.bypass_layers = frozenset(self.layers)
+            return self.layers
         if inner.length == 1 or not any(sum(totals) for totals in inner.media_totals):
             return []
         inner.bypass_layers = frozenset(self.layers)
@@ -49,6 +52,8 @@ class Bypasser:
         self, inner: Inner, index: int, level: Level, layer: nn.Module, hidden: Tensor, new: dict[str, Any]
     ) -> Tensor:
         """Choose who takes part, change the arguments ``new`` of the layer, and return its hidden states."""
+        if inner.length == 1:
+            return self._route_decode(inner, index, level, layer, hidden)
         begin = self.recorder.watch.mark()
         reading = self.reader.read(inner, index, self.method.request(index), layer, hidden, new)
         batch, length = level.slots.shape
@@ -84,6 +89,26 @@ class Bypasser:
             weights = gate if self.method.bypass == "attention" else gather_rows(gate, step)
             self._gate(inner, layer, weights)
         return self._enter(inner, index, level, narrower, step, layer, hidden, shown, new)
+
+    def _route_decode(self, inner: Inner, index: int, level: Level, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Let some rows ignore what the layer makes of their new token, and their cache forget it."""
+        with torch.no_grad():
+            part = self.method.decode_route(self.adapter.attention_input(layer, hidden)[:, 0], index)
+        visual = None if inner.cache is None else inner.cache.layers[index].visual
+        if part is None or visual is None:
+            return hidden
+        # Prompts without images run as they would without a plan.
+        part = part | ~visual.to(part.device)
+        if bool(part.all()):
+            return hidden
+        step = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)
+        real = part.to(hidden.device)[:, None]
+        inner.routed[index] = Level(level.slots, real if level.real is None else level.real & real)
+        if inner.cache is not None:
+            inner.cache.layers[index].announced = announcement(inner, index)
+        around = torch.ones(hidden.shape[:2], device=hidden.device)
+        inner.tables["bypass", index] = (hidden, real, step, inner.routed[index], around)
+        return hidden
 
     def _enter(
         self,

@@ -44,8 +44,11 @@ class LayerRunner:
         """Tell every cache layer how many logical tokens this call brings."""
         if inner.cache is None:
             return
+        visual = torch.tensor([sum(totals) > 0 for totals in inner.media_totals], dtype=torch.bool)
         for layer in inner.cache.layers:
             layer.announced = announcement(inner, 0)
+            if bool(visual.any()):
+                layer.visual = visual if layer.visual is None else layer.visual | visual
 
     def add_shift(self, inner: Inner, shift: Tensor, first: int = 0) -> None:
         """Lower the positions of all later tokens, from layer ``first`` on."""

@@ -37,6 +37,7 @@ class LogicalLength:
         valid: ``[B, P]`` bool, which stored slots are real tokens; None = all.
         slots: ``[B, P]`` int64, logical place of each stored token.
         sizes: ``[B, P]`` float32, how many tokens each stored one stands for; None = one each.
+        visual: ``[B]`` bool, which prompts had images or videos; None = not known to have any.
         shift: ``[B]`` int64, by how much positions of later tokens are lowered (compact positions).
         renumbered: how many of the shifts this layer does not share with the first one.
         history: layers of one cache with the same history have the same books.
@@ -46,6 +47,7 @@ class LogicalLength:
     valid: Tensor | None
     slots: Tensor | None
     sizes: Tensor | None
+    visual: Tensor | None
     shift: Tensor | None
     renumbered: int
     history: int
@@ -59,6 +61,7 @@ class LogicalLength:
         self.valid = None
         self.slots = None
         self.sizes = None
+        self.visual = None
         self.shift = None
         self.renumbered = 0
         self.history = 0
@@ -129,14 +132,14 @@ class LogicalLength:
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder or choose rows of the batch in every book."""
-        for name in ("valid", "slots", "sizes", "shift"):
+        for name in ("valid", "slots", "sizes", "visual", "shift"):
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.index_select(0, rows.to(book.device)))
 
     def repeat_rows(self, repeats: int) -> None:
         """Repeat each row of the batch in every book."""
-        for name in ("valid", "slots", "sizes", "shift"):
+        for name in ("valid", "slots", "sizes", "visual", "shift"):
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.repeat_interleave(repeats, dim=0))
