@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +18,18 @@ from mmfast.token_pruning.attention import AttentionView
 
 _PREFIX = "mmfast_"
 _users: dict[str, int] = {}
-_captures: WeakKeyDictionary[nn.Module, Capture] = WeakKeyDictionary()
+_captures: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
 
 
 class CaptureDone(Exception):
     """Ends an attention module early once its queries and keys have been read."""
+
+
+class Listener(Protocol):
+    """Whoever wants to know what a module attends with."""
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        """Take what the attention function is about to be called with; its keywords are in ``options``."""
 
 
 @dataclass
@@ -47,6 +54,19 @@ class Capture:
     mask: Tensor | None = None
     scaling: float | None = None
     softcap: float | None = None
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        """Keep references.
+
+        Raises:
+            CaptureDone: if nothing else of the module is wanted.
+        """
+        # Without a gradient the references cost nothing; with one they would keep the graph alive.
+        self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
+        self.mask = mask
+        self.scaling, self.softcap = options.get("scaling"), options.get("softcap")
+        if self.stop:
+            raise CaptureDone
 
     def view(self, row: int, places: Tensor | None) -> AttentionView:
         """Return the attention of one prompt.
@@ -120,9 +140,9 @@ def register_tap(implementation: str, ledger: Ledger) -> None:
     ledger.enter(release)
 
 
-def watch(module: nn.Module, capture: Capture) -> None:
-    """Fill ``capture`` when ``module`` next attends."""
-    _captures[module] = capture
+def watch(module: nn.Module, listener: Listener) -> None:
+    """Let ``listener`` know whenever ``module`` attends."""
+    _captures[module] = listener
 
 
 def unwatch(module: nn.Module) -> None:
@@ -140,14 +160,9 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        capture = _captures.get(module)
-        if capture is not None:
-            # Without a gradient the references cost nothing; with one they would keep the graph alive.
-            capture.query, capture.key, capture.value = query.detach(), key.detach(), value.detach()
-            capture.mask = attention_mask
-            capture.scaling, capture.softcap = kwargs.get("scaling"), kwargs.get("softcap")
-            if capture.stop:
-                raise CaptureDone
+        listener = _captures.get(module)
+        if listener is not None:
+            listener.take(query, key, value, attention_mask, kwargs)
         return _original(implementation, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tap

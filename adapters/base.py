@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mmfast.adapters.alignment import align_tiles, has_class_token, tower_blocks
 from mmfast.budget import LanguageShape
 from mmfast.tokens import Layout
 
@@ -63,7 +64,21 @@ class Adapter:
     masks_before_decoder: ClassVar[bool] = False
     no_layer_drops: ClassVar[str] = ""
     signals: ClassVar[frozenset[str]] = frozenset(
-        {"text_embeds", "attention", "embeds", "final_norm", "layer_norm", "activations"}
+        {
+            "cls_attention",
+            "cls_logits",
+            "received_attention",
+            "keys",
+            "queries",
+            "patch_features",
+            "cls_features",
+            "text_embeds",
+            "attention",
+            "embeds",
+            "final_norm",
+            "layer_norm",
+            "activations",
+        }
     )
 
     # The parts are Any: what they offer is the families' business and in no static type.
@@ -194,6 +209,92 @@ class Adapter:
         """
         return [square_or_unknown(len(item), modality) for item in features]
 
+    # ---------------------------------------------------------- vision encoder
+
+    def tower(self, modality: str) -> Any:
+        """Return the vision encoder for images or videos."""
+        return self.model.get_encoder(modality=modality)
+
+    def vision_blocks(self, modality: str) -> Sequence[nn.Module]:
+        """Return the blocks of the vision encoder, first to last."""
+        return tower_blocks(self.tower(modality))
+
+    def class_token(self, modality: str) -> bool:
+        """Say whether the vision encoder has a class token, which then stands before the patches."""
+        return has_class_token(self.tower(modality))
+
+    def keeps_class_token(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """Say whether the class token of a tile becomes a visual token, as the first of its tile."""
+        chosen = arguments.get("vision_feature_select_strategy")
+        chosen = chosen or getattr(self.model.config, "vision_feature_select_strategy", "default")
+        return chosen == "full"
+
+    def feature_layers(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the layers whose outputs the projector reads, counted as hidden states are (0 = embeddings)."""
+        chosen = arguments.get("vision_feature_layer")
+        chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
+        return [chosen] if isinstance(chosen, int) else list(chosen)
+
+    def feature_block(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """Return the block whose output the model uses as features; of several joined ones, the deepest.
+
+        Raises:
+            ValueError: if the model uses what enters the first block.
+        """
+        depth = len(self.vision_blocks(modality))
+        block = max(layer - 1 if layer >= 0 else depth + layer for layer in self.feature_layers(arguments))
+        if not 0 <= block < depth:
+            raise ValueError(
+                f"layer='features' is no block of the vision encoder: the model reads hidden state {block + 1}"
+            )
+        return block
+
+    def attention_block(self, modality: str, block: int) -> int:
+        """Return the block that gives attention in place of ``block``, where that one does not see all patches."""
+        return block
+
+    def sequences(self, modality: str, arguments: Mapping[str, Any]) -> list[int] | None:
+        """Return the patches of each image where the vision encoder packs them all in one sequence."""
+        return None
+
+    def align(
+        self, modality: str, arguments: Mapping[str, Any], maps: Tensor, features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Bring what is known of patches into the order of the visual tokens.
+
+        Groups of patches that become one token are averaged; newline tokens get zeros. The default
+        serves every family whose items are square tiles.
+
+        Args:
+            modality: ``"image"`` or ``"video"``.
+            arguments: arguments of the model's ``get_{modality}_features`` by name.
+            maps: ``[tiles, N, C]`` in the order of the vision encoder, ``[1, N, C]`` where it packs; with
+                a first row for the class token if that becomes a visual token.
+            features: what the model returned, one ``[n, D]`` tensor per item.
+
+        Returns:
+            ``[n, C]`` for each layout that ``layouts`` gives.
+
+        Raises:
+            ValueError: if they cannot be brought together.
+        """
+        return align_tiles(maps, features)
+
+    def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """Say whether the projector turns the output of the feature block into embeddings, token by token."""
+        return False
+
+    def pools_before_projecting(self, modality: str) -> bool:
+        """Say whether patches are averaged before the projector, so that it still works token by token."""
+        return False
+
+    def project(self, features: Tensor) -> Tensor:
+        """Turn features of the vision encoder ``[n, C]`` into embeddings ``[n, D]``."""
+        projected: Tensor = self.base.multi_modal_projector(features.to(self.model.dtype)[None])[0]
+        return projected
+
+    # ------------------------------------------------------------------ binding
+
     def bind(self, plan: Plan, *, replace: bool = False) -> Binding:
         """Put a plan to work on the model.
 
@@ -235,13 +336,15 @@ def square_or_unknown(tokens: int, modality: str = "image") -> Layout:
     return Layout.grid(side, side, modality=modality) if side * side == tokens else Layout.unknown(tokens, modality)
 
 
-def packed_layout(packed: Tensor) -> Layout:
+def packed_layout(packed: Tensor, crops: tuple[int, int] = (0, 0), side: int = 0) -> Layout:
     """Read the layout of an AnyRes image from coordinates that went through the family's own packing.
 
     Args:
         packed: ``[n, 4]`` (1, column, row, tile) per token as packed; newline tokens have 0 in channel 0.
             Tile 0 is the whole image; columns and rows of crops count over the grid of all crops. What
             unpadding cut off is missing, and where the packing shrank the crops places lie in between.
+        crops: rows and columns of crops; (0, 0) where the whole image is all there is.
+        side: patches per side of a crop.
 
     Example:
         >>> packed_layout(torch.tensor([[1.0, 0, 0, 0], [0.0, 0, 0, 0]])).is_newline.tolist()
@@ -264,7 +367,13 @@ def packed_layout(packed: Tensor) -> Layout:
     for place in newline.nonzero().squeeze(-1).tolist():
         if tile[place - 1] == 1:
             tile[place], row[place] = 1, row[place - 1]
-    return Layout("image", torch.zeros_like(tile), tile, row, col, newline, boxes)
+    crop = None
+    if crops != (0, 0):
+        # A patch reaches half a patch to either side; what lies on an edge belongs to the crop after it.
+        down, across = ((torch.floor(packed[:, axis] + 0.501) // side).long() for axis in (2, 1))
+        inside = (tile == 1) & ~newline
+        crop = torch.where(inside, down.clamp(0, crops[0] - 1) * crops[1] + across.clamp(0, crops[1] - 1), -1)
+    return Layout("image", torch.zeros_like(tile), tile, row, col, newline, boxes, crop=crop, crop_grid=crops)
 
 
 def _ranks(values: Tensor) -> Tensor:

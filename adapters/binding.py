@@ -34,10 +34,12 @@ from mmfast.adapters.media import (
     tagged,
 )
 from mmfast.adapters.recorder import Recorder
+from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
 from mmfast.adapters.reduction import number_candidates, reduce_media
+from mmfast.adapters.vision import VisionReader
 from mmfast.plan import Plan
 from mmfast.report import Report
-from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.base import BeforeLLM
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
@@ -46,12 +48,6 @@ _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
 
 # Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
 _CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    "before_llm": (BeforeLLM,),
-    "in_llm": (LayerDropper, LayerBypass, LayerMask),
-}
 
 
 class Binding:
@@ -70,10 +66,10 @@ class Binding:
     def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False) -> None:
         self.adapter = adapter
         self.plan = plan
-        self.before: BeforeLLM | None = _one(plan, "before_llm", BeforeLLM)
-        self.dropper: LayerDropper | None = _one(plan, "in_llm", LayerDropper)
-        self.bypass: LayerBypass | None = _one(plan, "in_llm", LayerBypass)
-        self.mask: LayerMask | None = _one(plan, "in_llm", LayerMask)
+        self.before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
+        self.dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
+        self.bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
+        self.mask: LayerMask | None = only(plan, "in_llm", LayerMask)
         self.events = {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
         self.ledger = Ledger()
         self.outer: Outer | None = None
@@ -83,7 +79,7 @@ class Binding:
         self._drafted = 0
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
-        self._refuse()
+        refuse_impossible(adapter, plan)
         running = active_on(adapter.model)
         if running is not None:
             if not replace:
@@ -94,7 +90,7 @@ class Binding:
             running.detach()
         notice = "" if self.dropper is None else self.dropper.notice(adapter.shape.layers)
         if self.dropper is not None and notice:
-            warnings.warn(f"method {self.dropper.name!r}: {notice}", stacklevel=4)
+            warnings.warn(f"method {self.dropper.name!r}: {notice}", stacklevel=5)
         self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
         try:
             self._attach()
@@ -121,75 +117,6 @@ class Binding:
     def report(self) -> Report:
         """Describe the last prompt."""
         return self.recorder.report()
-
-    def _refuse(self) -> None:
-        """Check everything that can be known before anything is changed."""
-        for method in self.plan.methods:
-            kinds = _KINDS.get(method.stage)
-            if kinds is None:
-                raise ValueError(f"method {method.name!r} acts at stage {method.stage!r}, which models cannot run yet")
-            if not isinstance(method, kinds):
-                raise ValueError(
-                    f"method {method.name!r} at stage {method.stage!r} must be a "
-                    f"{' or '.join(kind.__name__ for kind in kinds)}, got {type(method).__name__}"
-                )
-            missing = sorted(method.needs - self.adapter.signals)
-            if missing:
-                raise ValueError(
-                    f"method {method.name!r} needs {', '.join(missing)}, which models of type "
-                    f"{self.adapter.model.config.model_type!r} cannot give"
-                )
-            if getattr(method, "positions", None) == "compact" and not self._can_compact:
-                raise ValueError(
-                    f"method {method.name!r}: positions='compact' is not possible for model type "
-                    f"{self.adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
-                    "count original positions); use positions='keep'"
-                )
-        implementation = self.adapter.text_config._attn_implementation
-        for inside in (self.dropper, self.bypass):
-            if inside is not None and "activations" in inside.needs:
-                for layer in self.adapter.layers:
-                    self.adapter.down_projection(layer)
-        masked: list[Method] = [method for method in (self.mask, self.bypass) if method is not None]
-        if self.before is not None and self._calibrates:
-            masked.append(self.before)
-            if not self._can_compact or self.dropper is not None or self.bypass is not None:
-                raise ValueError(
-                    f"method {self.before.name!r}: calibrate=True needs a model with one-dimensional rotary positions "
-                    "and no sliding window, and no method that drops inside the language model; use calibrate=False"
-                )
-            self.adapter.rotary_frequencies()
-        if "flash" in implementation and masked:
-            raise ValueError(
-                f"method {masked[-1].name!r} needs a mask that attention implementation {implementation!r} cannot "
-                "read; load the model with attn_implementation='sdpa' or 'eager'"
-            )
-        if self.dropper is not None and (implementation == "flex_attention" or "|" in implementation):
-            raise ValueError(
-                f"method {self.dropper.name!r} cannot drop tokens inside the LLM with attention implementation "
-                f"{implementation!r}, whose masks cannot be gathered; load the model with "
-                "attn_implementation='sdpa', 'eager' or a flash implementation"
-            )
-        if "flash" in implementation and self.adapter.slides:
-            raise ValueError(
-                f"attention implementation {implementation!r} measures sliding windows by what is stored, not by "
-                "original positions, so tokens cannot be dropped; load the model with attn_implementation='sdpa' or "
-                "'eager'"
-            )
-        inside = self.dropper or self.bypass or self.mask
-        if inside is not None and self.adapter.no_layer_drops:
-            raise ValueError(
-                f"method {inside.name!r} cannot drop tokens inside this model: {self.adapter.no_layer_drops}"
-            )
-
-    @property
-    def _calibrates(self) -> bool:
-        """Whether attention has to know how many tokens each merged one stands for."""
-        return self.before is not None and bool(getattr(self.before, "calibrate", False))
-
-    @property
-    def _can_compact(self) -> bool:
-        return self.adapter.can_compact and not self.adapter.slides
 
     def _attach(self) -> None:
         model, base, decoder = self.adapter.model, self.adapter.base, self.adapter.decoder
@@ -233,25 +160,29 @@ class Binding:
     def _watch_features(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         """Note the layout of every image and video the model encodes."""
         signature = inspect.signature(original)
+        reader = VisionReader(self.adapter, modality, self.plan.methods)
 
         @wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._encoding:
                 # One entry may call the other, as Qwen3-VL's for videos: the outer one knows what it encodes.
                 return original(*args, **kwargs)
+            arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+            arguments.update(arguments.pop("kwargs", {}))
             begin = self.recorder.watch.mark()
             self._encoding = True
             try:
-                output = original(*args, **kwargs)
+                with reader.reading(arguments) as reading:
+                    output = original(*args, **kwargs)
             finally:
                 self._encoding = False
             self.recorder.add_vision(begin, self.recorder.watch.mark())
             if getattr(output, "pooler_output", None) is None:
                 # A caller of its own that asked for a tuple: the model itself never does.
                 return output
-            arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-            arguments.update(arguments.pop("kwargs", {}))
-            layouts = self.adapter.layouts(modality, arguments, items_of(output))
+            features = items_of(output)
+            layouts = self.adapter.layouts(modality, arguments, features)
+            layouts = reader.describe(reading, arguments, features, layouts)
             tag(output, layouts)
             if self.outer is not None:
                 self.outer.layouts[modality] = layouts
@@ -423,14 +354,14 @@ class Binding:
             )
         kwargs["position_ids"] = positions
         pairs = self.mask if inner.length > 1 and self._sees_media(inner) else None
-        if pairs is not None or self._calibrates:
+        if pairs is not None or calibrates(self.before):
             kwargs["attention_mask"] = rewritten(
                 kwargs.get("attention_mask"),
                 inner,
                 embeds,
                 reference,
                 pairs=pairs,
-                frequencies=self.adapter.rotary_frequencies() if self._calibrates else None,
+                frequencies=self.adapter.rotary_frequencies() if calibrates(self.before) else None,
             )
         self.layers.announce(inner)
 
@@ -477,7 +408,7 @@ class Binding:
             return positions
         gathered = gather_positions(positions, level.slots)
         wanted = None if self.before is None else self.before.positions
-        compact = wanted == "compact" or (wanted is None and self._can_compact)
+        compact = wanted == "compact" or (wanted is None and can_compact(self.adapter))
         if not compact or gathered.ndim != 2:
             return gathered
         valid = self._valid(self.outer or Outer(), embeds.shape[0], embeds.shape[1], embeds.device)
@@ -511,7 +442,3 @@ def active_on(model: nn.Module) -> Binding | None:
 
 def _forget(model: nn.Module) -> None:
     _ACTIVE.pop(model, None)
-
-
-def _one(plan: Plan, stage: str, kind: type) -> Any:
-    return next((method for method in plan.at(stage) if isinstance(method, kind)), None)

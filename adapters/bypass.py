@@ -62,9 +62,7 @@ class Bypasser:
         skipped = torch.ones_like(gate)
         shown = hidden
         gated = changed = False
-        for row, places, tokens in self.reader.prompts(
-            inner, level, hidden, reading, text_too=self.method.routes_text
-        ):
+        for row, places, tokens in self.reader.prompts(inner, level, hidden, reading, text_too=self.method.routes_text):
             route = self.method.route(tokens, index, self.adapter.shape.layers)
             part[row, places] = False
             part[row, places[route.selected.cpu()]] = True
@@ -136,12 +134,13 @@ class Bypasser:
         self._narrow_attention(inner, layer, step, narrower, level.length)
         return hidden
 
-    def _narrow(
-        self, new: dict[str, Any], step: Tensor, level: Level, before: int, *, rows_only: bool = False
-    ) -> None:
+    def _narrow(self, new: dict[str, Any], step: Tensor, level: Level, before: int, *, rows_only: bool = False) -> None:
         """Gather masks, positions and rotary tables for the tokens that take part."""
         new["attention_mask"] = _narrow_mask(new.get("attention_mask"), step, level, before, rows_only=rows_only)
-        if new.get("position_ids") is not None:
+        if "flash" in self.adapter.text_config._attn_implementation:
+            # Flash attention takes gaps in the positions for the seams of packed sequences.
+            new["position_ids"] = None
+        elif new.get("position_ids") is not None:
             new["position_ids"] = gather_positions(new["position_ids"], step)
         new["position_embeddings"] = tuple(_gather_table(table, step) for table in new["position_embeddings"])
 

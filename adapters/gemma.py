@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ class PaliGemma(Adapter):
     """One square grid per image at the head of the prompt, attended to in both directions."""
 
     masks_before_decoder = True
+
+    def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """The projector sees single patches."""
+        return True
+
+    def project(self, features: Tensor) -> Tensor:
+        """The norm at the end of the vision encoder comes before the projector."""
+        return super().project(self.tower("image").post_layernorm(features.to(self.model.dtype)))
 
 
 @family("gemma3")

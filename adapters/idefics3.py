@@ -17,7 +17,13 @@ class Idefics3(Adapter):
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Tell the tiles apart: some releases return the tiles of a whole prompt as one item."""
-        tile = self.base.image_seq_len
-        return super().layouts(
-            modality, arguments, [part for item in features for part in item.split(tile) if len(part)]
-        )
+        return super().layouts(modality, arguments, self._tiles(features))
+
+    def align(
+        self, modality: str, arguments: Mapping[str, Any], maps: Tensor, features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Average the patches that become one token."""
+        return super().align(modality, arguments, maps, self._tiles(features))
+
+    def _tiles(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [part for item in features for part in item.split(self.base.image_seq_len) if len(part)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
+from mmfast.adapters.alignment import pool_grid
 from mmfast.adapters.base import Adapter, family, packed_layout, square_or_unknown
 from mmfast.tokens import Layout
 
@@ -22,19 +23,52 @@ class LlavaNext(Adapter):
         """Send coordinates through the model's own packing, which unpads and adds newlines."""
         if modality == "video":
             return self.video_layouts(arguments, features)
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
         found = []
         for size, item in zip(arguments["image_sizes"], features, strict=False):
-            high, wide = get_anyres_image_grid_shape(size, self.model.config.image_grid_pinpoints, vision.image_size)
-            tiles = _coordinates(high, wide, side)
-            packed = self._pack(tiles, size, arguments)
-            if len(packed) != len(item):
-                # The model packs a single tile when its processor made only one.
-                packed = self._pack(tiles[:1], size, arguments)
+            packed, crops = self._packed(size, len(item), arguments)
             known = len(packed) == len(item)
-            found.append(packed_layout(packed) if known else Layout.unknown(len(item)))
+            found.append(packed_layout(packed, crops, self._side) if known else Layout.unknown(len(item)))
         return found
+
+    def align(
+        self, modality: str, arguments: Mapping[str, Any], maps: Tensor, features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Send the maps through the model's own packing; newline tokens get zeros."""
+        if modality == "video":
+            return self.align_videos(arguments, maps)
+        found, start = [], 0
+        for size, item in zip(arguments["image_sizes"], features, strict=False):
+            _, (high, wide) = self._packed(size, len(item), arguments)
+            stop = start + 1 + high * wide
+            if stop > len(maps):
+                raise ValueError(f"{len(maps)} tiles of the vision encoder are too few for {len(features)} images")
+            found.append(self._pack(maps[start:stop], size, arguments))
+            start = stop
+        return found
+
+    def align_videos(self, arguments: Mapping[str, Any], maps: Tensor) -> list[Tensor]:
+        """Align the frames of videos; families without video never get here."""
+        return list(maps.unflatten(0, (-1, frames_per_video(arguments))).flatten(1, 2))
+
+    def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """The projector sees single patches, unless it joins the features of several blocks."""
+        return len(self.feature_layers(arguments)) == 1
+
+    @property
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def _packed(self, size: Any, count: int, arguments: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int]]:
+        """Return coordinates packed as an image of ``count`` tokens was, and rows and columns of its crops."""
+        config = self.model.config
+        high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        tiles = _coordinates(high, wide, self._side)
+        packed = self._pack(tiles, size, arguments)
+        if len(packed) == count:
+            return packed, (high, wide)
+        # The model packs a single tile when its processor made only one.
+        return self._pack(tiles[:1], size, arguments), (0, 0)
 
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Lay out videos; families without video never get here."""
@@ -67,6 +101,21 @@ class LlavaNextVideo(LlavaNext):
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Divide each video evenly over its frames."""
         return video_grids(features, frames_per_video(arguments))
+
+    def align_videos(self, arguments: Mapping[str, Any], maps: Tensor) -> list[Tensor]:
+        """Average the patches that are pooled."""
+        factor = self.model.config.spatial_pool_stride
+        pooled = torch.stack([pool_grid(frame, self._side, self._side, factor) for frame in maps])
+        return super().align_videos(arguments, pooled)
+
+    def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """Frames that are pooled by other means than averages are not."""
+        averaged = modality == "image" or self.model.config.spatial_pool_mode == "average"
+        return averaged and super().projectable(modality, arguments)
+
+    def pools_before_projecting(self, modality: str) -> bool:
+        """Frames are pooled first."""
+        return modality == "video"
 
 
 def frames_per_video(arguments: Mapping[str, Any]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmfast.token_pruning.base import VisionSignal
 from mmfast.tokens import Layout
 
 FEATURE_KEYS = {"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
@@ -22,10 +23,36 @@ class Segment:
     Attributes:
         slots: ``[n]`` int64 places of its visual tokens in the padded prompt, ascending.
         layout: where each token lies.
+        signals: what was read of the vision encoder: ``[n]`` or ``[n, C]``, of class tokens ``[tiles, C]``.
+        projections: for those of the signals that the projector turns into embeddings, how it does.
     """
 
     slots: Tensor
     layout: Layout
+    signals: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
+    projections: Mapping[VisionSignal, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def bare(self) -> Segment:
+        """Leave out everything but the places."""
+        return replace(self, signals={}, projections={})
+
+
+class Described(list[Layout]):
+    """The layouts of what one call encoded, and beside each what was read of the vision encoder.
+
+    Attributes:
+        signals: per layout, the tensors by what was asked for.
+        projections: per layout, how its signals are projected, where that works token by token.
+    """
+
+    def __init__(self, layouts: Iterable[Layout] = ()) -> None:
+        super().__init__(layouts)
+        self.signals: list[dict[VisionSignal, Tensor]] = [{} for _ in self]
+        self.projections: list[dict[VisionSignal, Callable[[Tensor], Tensor]]] = [{} for _ in self]
+
+    def segment(self, place: int, slots: Tensor) -> Segment:
+        """Give the media at ``place`` the slots where it stands in a prompt."""
+        return Segment(slots, self[place], self.signals[place], self.projections[place])
 
 
 def items_of(features: Any) -> list[Tensor]:
@@ -37,7 +64,7 @@ def items_of(features: Any) -> list[Tensor]:
 
 
 def tag(output: Any, layouts: list[Layout]) -> None:
-    """Attach layouts to a feature output, which later arrives in ``mm_encoder_outputs``."""
+    """Attach layouts, and what was read beside them, to a feature output, which later arrives in ``mm_encoder_outputs``."""
     if hasattr(output, "__dict__"):
         setattr(output, _TAG, layouts)
 
@@ -88,35 +115,37 @@ def segments(visual: dict[str, Tensor], layouts: dict[str, list[Layout]]) -> lis
     for modality, places in visual.items():
         counts = places.sum(dim=1).tolist()
         known = layouts.get(modality, [])
+        known = known if isinstance(known, Described) else Described(known)
         for row, parts in enumerate(_assign(counts, known)):
             slots = places[row].nonzero().squeeze(-1)
             if parts is None:
                 found[row].extend(_runs(slots, modality))
                 continue
-            for layout, own in zip(parts, slots.split([len(part) for part in parts]), strict=True):
-                found[row].append(Segment(own, layout))
+            for place, own in zip(parts, slots.split([len(known[place]) for place in parts]), strict=True):
+                found[row].append(known.segment(place, own))
     for own_parts in found:
         own_parts.sort(key=lambda part: int(part.slots[0]))
     return found
 
 
-def _assign(counts: Sequence[int], layouts: Sequence[Layout]) -> list[list[Layout] | None]:
-    """Hand the layouts out to the rows; None where they do not fit the number of placeholders."""
+def _assign(counts: Sequence[int], layouts: Sequence[Layout]) -> list[list[int] | None]:
+    """Hand the layouts out to the rows, by their places; None where they do not fit the number of placeholders."""
     total = sum(len(layout) for layout in layouts)
     repeats = sum(counts) // total if total and sum(counts) % total == 0 else 0
     if repeats == 0:
         return [None if count else [] for count in counts]
-    rest, assigned = list(layouts), []
+    rest = list(range(len(layouts)))
+    assigned: list[list[int] | None] = []
     for start in range(0, len(counts), repeats):
         need, own = counts[start], []
         while need > 0 and rest:
             own.append(rest.pop(0))
-            need -= len(own[-1])
+            need -= len(layouts[own[-1]])
         fits = need == 0 and all(count == counts[start] for count in counts[start : start + repeats])
         if not fits:
             return [None if count else [] for count in counts]
         assigned.extend([own] * repeats)
-    return list(assigned)
+    return assigned
 
 
 def _runs(slots: Tensor, modality: str) -> list[Segment]:

@@ -89,7 +89,9 @@ class Reader:
         """Read, before layer ``request.layer`` runs, what only its input can give."""
         if request is not None and not request.ahead and not request.rotary:
             layer = self.adapter.layers[request.layer]
-            capture, _ = peek(self.adapter, inner, request.layer, layer, hidden, new, request, self._last(inner, request))
+            capture, _ = peek(
+                self.adapter, inner, request.layer, layer, hidden, new, request, self._last(inner, request)
+            )
             inner.tables["capture", event_layer] = capture
 
     def _last(self, inner: Inner, request: LayerRequest) -> Tensor | None:
@@ -172,7 +174,8 @@ class Reader:
                     normed=None if reading.normed is None else pick(reading.normed),
                     activations=None if reading.activations is None else pick(reading.activations),
                     signals={
-                        name: value.to(device) for name, value in slot_signals(inner.segments[row], places).items()
+                        name: value.to(device)
+                        for name, value in slot_signals(inner.segments[row], places, self.method).items()
                     },
                     memory=inner.memory[row],
                 ),

@@ -88,7 +88,7 @@ class Recorder:
         self._levels = [inner.level_at(layer) for layer in depth]
         self._work = [_work(inner, layer) for layer in depth]
         # Only what the report needs: no cache, features or gathered tables are held on to.
-        self._inner = Inner(inner.length, {}, segments=inner.segments)
+        self._inner = Inner(inner.length, {}, segments=[[part.bare() for part in parts] for parts in inner.segments])
 
     def report(self) -> Report:
         """Build the report."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mmfast.adapters.call import Inner
 from mmfast.adapters.media import Segment
-from mmfast.token_pruning.base import BeforeLLM, Merger
+from mmfast.token_pruning.base import BeforeLLM, Merger, Method
 from mmfast.tokens import Keep, Layout, VisualTokens
 
 
@@ -25,14 +27,19 @@ def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor)
         anything was dropped or merged.
     """
     keep, embeddings, changed = valid.clone(), embeds, False
+    wanted = method.vision_signals()
     for row, parts in enumerate(inner.segments):
-        signals = _signals(method, embeds, valid, inner, row)
+        text = _text(method, embeds, valid, inner, row)
         for index, part in enumerate(parts):
             slots = part.slots.to(embeds.device)
             merging = isinstance(method, Merger)
             features = embeds[row, slots] if merging else embeds[row, slots].detach()
+            signals = {**text, **_vision(method, part, embeds.device, detach=not merging)}
+            projectable = wanted.get("patch_features") in part.projections
             with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
-                decision = method(VisualTokens(features, part.layout, index, signals))
+                decision = method(VisualTokens(features, part.layout, index, signals, projectable))
+                if decision is not None and decision.space == "vision":
+                    decision = _projected(method, part, decision)
             if decision is None:
                 continue
             changed = True
@@ -71,7 +78,7 @@ def number_candidates(inner: Inner, keep: Tensor) -> None:
         inner.memory.append({})
 
 
-def _signals(method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int) -> dict[str, Tensor]:
+def _text(method: BeforeLLM, embeds: Tensor, valid: Tensor, inner: Inner, row: int) -> dict[str, Tensor]:
     if "text_embeds" not in method.needs:
         return {}
     text = valid[row].clone()
@@ -91,11 +98,67 @@ def _overwrite(embeddings: Tensor, row: int, slots: Tensor, decision: Keep) -> T
     return embeddings.index_put((rows, places), features[merged].to(embeddings.dtype))
 
 
-def slot_signals(parts: list[Segment], slots: Tensor) -> dict[str, Tensor]:
-    """Collect the signals of the vision encoder for some slots of one prompt.
+def _vision(method: Method, part: Segment, device: torch.device, *, detach: bool = True) -> dict[str, Tensor]:
+    """Name what a method asked to know of the vision encoder.
+
+    Raises:
+        ValueError: if it was not read when the media were encoded.
+    """
+    found = {}
+    for name, spec in method.vision_signals().items():
+        value = part.signals.get(spec)
+        if value is None:
+            raise ValueError(
+                f"method {method.name!r} needs {spec.kind!r} of the vision encoder, which was not read for this "
+                f"{part.layout.modality}: its features were made before this plan was active, or by other means than "
+                "the model's own call; encode the media after accelerate()"
+            )
+        found[name] = (value.detach() if detach else value).to(device)
+    return found
+
+
+def _projected(method: Method, part: Segment, decision: Keep) -> Keep:
+    """Turn features of the vision encoder into embeddings; rows of NaN stay what they are.
+
+    Raises:
+        ValueError: if the model's projector does not work token by token.
+    """
+    spec = method.vision_signals().get("patch_features")
+    project = None if spec is None else part.projections.get(spec)
+    if project is None or decision.features is None:
+        raise ValueError(
+            f"method {method.name!r} returned features of the vision encoder, but for this {part.layout.modality} the "
+            "projector cannot work on them token by token; return space='llm' where tokens.projectable is False"
+        )
+    merged = ~decision.features[:, 0].isnan()
+    rows = project(decision.features[merged])
+    features = rows.new_full((len(decision), rows.shape[-1]), float("nan"))
+    return replace(decision, features=features.index_put((merged.nonzero().squeeze(-1),), rows), space="llm")
+
+
+def slot_signals(parts: list[Segment], slots: Tensor, method: Method) -> dict[str, Tensor]:
+    """Collect what a method asked to know of the vision encoder, for some slots of one prompt.
 
     Args:
         parts: the images and videos of the prompt.
-        slots: ``[V]`` int64, ascending places of visual tokens, on the CPU.
+        slots: ``[V]`` int64, ascending places of tokens in the prompt, on the CPU; text gets zeros.
+        method: the method.
+
+    Returns:
+        By the method's names, ``[V]`` or ``[V, C]``.
+
+    Raises:
+        ValueError: if it was not read when the media were encoded.
     """
-    return {}
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        own = part.slots.cpu()
+        # Slots of a part ascend, so a binary search finds the place of each.
+        places = torch.searchsorted(own, slots).clamp_max(len(own) - 1)
+        mine = (own[places] == slots).nonzero().squeeze(-1)
+        if not mine.numel():
+            continue
+        for name, value in _vision(method, part, part.slots.device).items():
+            target = found.setdefault(name, value.new_zeros(len(slots), *value.shape[1:]))
+            target[mine.to(value.device)] = value[places[mine].to(value.device)]
+    return found

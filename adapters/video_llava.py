@@ -9,19 +9,44 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.base import Adapter, family, square_or_unknown
+from mmfast.adapters.llava_next import frames_per_video
 from mmfast.tokens import Layout
 
 
 @family("video_llava")
 class VideoLlava(Adapter):
-    """Eight frames per video, each a CLS token followed by a square grid."""
+    """Eight frames per video, each a CLS token followed by a square grid.
+
+    The CLS token of a frame is a visual token: its signals are its own key, query and features, and
+    where only patches have a value, the mean of its frame.
+    """
+
+    def tower(self, modality: str) -> Any:
+        """There is one encoder for images and one for videos."""
+        return self.base.video_tower if modality == "video" else self.base.image_tower
+
+    def keeps_class_token(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """Videos keep it."""
+        return modality == "video" or super().keeps_class_token(modality, arguments)
+
+    def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
+        """The projector sees single patches, unless it joins the features of several blocks."""
+        return len(self.feature_layers(arguments)) == 1
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Join the frames of a video; the features come one frame at a time."""
         if modality == "image":
             return super().layouts(modality, arguments, features)
-        frames = int(arguments["pixel_values_videos"].shape[1])
+        frames = frames_per_video(arguments)
         return [_frames_with_cls(frames, len(features[start])) for start in range(0, len(features), frames)]
+
+    def align(
+        self, modality: str, arguments: Mapping[str, Any], maps: Tensor, features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Join the frames of a video."""
+        if modality == "image":
+            return super().align(modality, arguments, maps, features)
+        return list(maps.unflatten(0, (-1, frames_per_video(arguments))).flatten(1, 2))
 
 
 def _frames_with_cls(frames: int, tokens: int) -> Layout:

@@ -160,7 +160,9 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=600, help="held-out questions (default 600)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--methods", nargs="*", help="only these (and the random baselines)")
-    parser.add_argument("--out", type=Path, default=Path("build/accuracy.json"), help="results as JSON; resumed if there")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/accuracy.json"), help="results as JSON; resumed if there"
+    )
     options = parser.parse_args()
     model, processor = mmfast.load_default()
     records = list(Shapes(split="heldout", num_questions=options.questions))

@@ -67,7 +67,9 @@ def prefill_row(model: Any, inputs: dict[str, torch.Tensor], info: mmfast.Method
 
     try:
         pairs = in_turn(untouched, pruned, repeats, model.device)
-        reading = middle(max(0.0, own - plain) for plain, own in in_turn(encode_untouched, encode, repeats, model.device))
+        reading = middle(
+            max(0.0, own - plain) for plain, own in in_turn(encode_untouched, encode, repeats, model.device)
+        )
         choosing = []
         for _ in range(repeats):
             pruned()
@@ -197,7 +199,8 @@ def main() -> int:
     )
     console = Console(width=180)
     prefill = [
-        prefill_row(model, inputs, info, options.repeats) for info in track(listed, description="prefill", transient=True)
+        prefill_row(model, inputs, info, options.repeats)
+        for info in track(listed, description="prefill", transient=True)
     ]
     choices = [choice_row(info) for info in track(listed, description="videos", transient=True)]
     console.print(machine(device))

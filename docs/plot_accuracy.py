@@ -1,6 +1,6 @@
 """Draw accuracy against visual tokens per layer, one panel per method, from the newest committed results.
 
-    python docs/plot_accuracy.py    # writes docs/images/accuracy.svg; needs the extra 'eval'
+python docs/plot_accuracy.py    # writes docs/images/accuracy.svg; needs the extra 'eval'
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def checker(name: str) -> Callable[[Case], None] | None:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     found: Callable[[Case], None] = module.check
     return found

@@ -394,9 +394,9 @@ class Schedule(LayerDropper):
         if not isinstance(self.keep, float) or self.keep >= least:
             return ""
         return (
-            f"keep={self.keep:g} as an average over the layers cannot be reached: the {layers[0]} of {depth} layers before "
-            f"the first drop read every token, so the least, {least:.3f}, is what it comes to; drop in earlier layers or "
-            "before the LLM for less"
+            f"keep={self.keep:g} as an average over the layers cannot be reached: the {layers[0]} of {depth} layers "
+            f"before the first drop read every token, so the least, {least:.3f}, is what it comes to; drop in earlier "
+            "layers or before the LLM for less"
         )
 
     def solved(self, total: int, depth: int, images: int = 1) -> list[float]:
@@ -445,6 +445,8 @@ class LayerBypass(Method):
     bypass: ClassVar[Literal["skip", "freeze", "attention"]] = "skip"
     routes_text: ClassVar[bool] = False
     """Whether text tokens are candidates too."""
+    routes_decode: ClassVar[bool] = False
+    """Whether generated tokens may go around layers too; they leave nothing in the caches of those."""
 
     positions: Positions = None
 
@@ -467,6 +469,18 @@ class LayerBypass(Method):
         """Say which attention the choice needs; None for none."""
         return None
 
+    def decode_route(self, normed: Tensor, layer: int) -> Tensor | None:
+        """Say which generated tokens take part in a layer, for classes whose ``routes_decode`` is True.
+
+        Args:
+            normed: ``[B, D]`` hidden states of one new token per prompt, through the layer's input norm.
+            layer: the layer.
+
+        Returns:
+            bool ``[B]``; None = all.
+        """
+        return None
+
     @abstractmethod
     def keep_counts(self, visual: int, text: int, depth: int, images: int = 1) -> list[int] | None:
         """Predict how many tokens take part in each layer; None where the data decide."""
@@ -487,5 +501,3 @@ class LayerMask(Method):
             media: ``[n]`` int64 places of the visual tokens, one tensor per image or video.
             text: ``[t]`` int64 places of the text tokens of the prompt.
         """
-
-

@@ -1,0 +1,108 @@
+"""What a model cannot do for a plan, found out before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmfast.adapters.base import Adapter
+from mmfast.adapters.vision import check_signals
+from mmfast.plan import Plan
+from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "before_llm": (BeforeLLM,),
+    "in_llm": (LayerDropper, LayerBypass, LayerMask),
+}
+
+
+def only(plan: Plan, stage: str, kind: type) -> Any:
+    """Return the method of one kind at a stage, or None."""
+    return next((method for method in plan.at(stage) if isinstance(method, kind)), None)
+
+
+def can_compact(adapter: Adapter) -> bool:
+    """Say whether positions may be renumbered."""
+    return adapter.can_compact and not adapter.slides
+
+
+def calibrates(method: BeforeLLM | None) -> bool:
+    """Say whether attention has to know how many tokens each merged one stands for."""
+    return bool(getattr(method, "calibrate", False))
+
+
+def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
+    """Check everything that can be known before anything is changed.
+
+    Raises:
+        ValueError: naming the method, what the model lacks, and what to do.
+    """
+    for method in plan.methods:
+        _check_kind(method)
+        _check_signals(adapter, method)
+        if getattr(method, "positions", None) == "compact" and not can_compact(adapter):
+            raise ValueError(
+                f"method {method.name!r}: positions='compact' is not possible for model type "
+                f"{adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
+                "count original positions); use positions='keep'"
+            )
+    before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
+    dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
+    bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
+    mask: LayerMask | None = only(plan, "in_llm", LayerMask)
+    masked: list[Method] = [] if mask is None else [mask]
+    if bypass is not None and bypass.bypass == "freeze":
+        masked.append(bypass)
+    if before is not None and calibrates(before):
+        masked.append(before)
+        if not can_compact(adapter) or dropper is not None or bypass is not None:
+            raise ValueError(
+                f"method {before.name!r}: calibrate=True needs a model with one-dimensional rotary positions "
+                "and no sliding window, and no method that drops inside the language model; use calibrate=False"
+            )
+        adapter.rotary_frequencies()
+    implementation = adapter.text_config._attn_implementation
+    if "flash" in implementation and masked:
+        raise ValueError(
+            f"method {masked[-1].name!r} needs a mask that attention implementation {implementation!r} cannot "
+            "read; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    inside = dropper or bypass or mask
+    if inside is not None and (implementation == "flex_attention" or "|" in implementation):
+        raise ValueError(
+            f"method {inside.name!r} cannot drop tokens inside the LLM with attention implementation "
+            f"{implementation!r}, whose masks cannot be gathered; load the model with "
+            "attn_implementation='sdpa', 'eager' or a flash implementation"
+        )
+    if "flash" in implementation and adapter.slides:
+        raise ValueError(
+            f"attention implementation {implementation!r} measures sliding windows by what is stored, not by "
+            "original positions, so tokens cannot be dropped; load the model with attn_implementation='sdpa' or "
+            "'eager'"
+        )
+    if inside is not None and adapter.no_layer_drops:
+        raise ValueError(f"method {inside.name!r} cannot drop tokens inside this model: {adapter.no_layer_drops}")
+
+
+def _check_kind(method: Method) -> None:
+    kinds = _KINDS.get(method.stage)
+    if kinds is None:
+        raise ValueError(f"method {method.name!r} acts at stage {method.stage!r}, which models cannot run yet")
+    if not isinstance(method, kinds):
+        raise ValueError(
+            f"method {method.name!r} at stage {method.stage!r} must be a "
+            f"{' or '.join(kind.__name__ for kind in kinds)}, got {type(method).__name__}"
+        )
+
+
+def _check_signals(adapter: Adapter, method: Method) -> None:
+    missing = sorted(method.needs - adapter.signals)
+    if missing:
+        raise ValueError(
+            f"method {method.name!r} needs {', '.join(missing)}, which models of type "
+            f"{adapter.model.config.model_type!r} cannot give"
+        )
+    check_signals(adapter, method)
+    if "activations" in method.needs:
+        for layer in adapter.layers:
+            adapter.down_projection(layer)
