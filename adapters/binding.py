@@ -34,8 +34,8 @@ from mmfast.adapters.media import (
     tagged,
 )
 from mmfast.adapters.recorder import Recorder
-from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
 from mmfast.adapters.reduction import number_candidates, reduce_media
+from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
 from mmfast.adapters.vision import VisionReader
 from mmfast.plan import Plan
 from mmfast.report import Report

@@ -82,7 +82,7 @@ class Bypasser:
         inner.attending[index] = narrower
         if self.method.bypass == "attention":
             inner.fed.add(index)
-        inner.tables["bypass", index] = (hidden, part.to(hidden.device), step, narrower, skipped)
+        inner.tables["bypass", index] = (hidden, step, narrower, skipped)
         if gated:
             weights = gate if self.method.bypass == "attention" else gather_rows(gate, step)
             self._gate(inner, layer, weights)
@@ -105,7 +105,7 @@ class Bypasser:
         if inner.cache is not None:
             inner.cache.layers[index].announced = announcement(inner, index)
         around = torch.ones(hidden.shape[:2], device=hidden.device)
-        inner.tables["bypass", index] = (hidden, real, step, inner.routed[index], around)
+        inner.tables["bypass", index] = (hidden, step, inner.routed[index], around)
         return hidden
 
     def _enter(
@@ -198,7 +198,7 @@ class Bypasser:
             kept = inner.tables.pop(("bypass", index), None)
             if kept is None:
                 return None
-            hidden, part, step, level, skipped = kept
+            hidden, step, level, skipped = kept
             if self.method.bypass == "attention":
                 return None
             rest = inner.tables.pop(("freeze", index), hidden)

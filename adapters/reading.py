@@ -50,7 +50,9 @@ class Reader:
     # ------------------------------------------------------------------ arming
 
     def switch_on_tap(self, inner: Inner) -> None:
-        """Let the decoder attend through the tap for the length of a call."""
+        """Let the decoder attend through the tap for the length of a call, whoever asks first."""
+        if inner.tables.setdefault("tapped", self) is not self:
+            return
         config = self.adapter.text_config
         before = config._attn_implementation_internal
 

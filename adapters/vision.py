@@ -291,8 +291,13 @@ class _Listener:
         for attended in Attended(query.detach(), key.detach(), mask, options.get("scaling")).split(
             self._lengths(query, options)
         ):
+            # Without a class token several signals are one and the same costly reading.
+            read: dict[tuple[str, str], Tensor] = {}
             for spec in self.specs:
-                self.reading.pieces[spec].append(self._read(spec, attended))
+                kind = spec.kind if self.class_token or spec.kind not in _FROM_CLASS else "received_attention"
+                if (kind, spec.heads) not in read:
+                    read[kind, spec.heads] = self._read(kind, spec.heads, attended)
+                self.reading.pieces[spec].append(read[kind, spec.heads])
 
     def _lengths(self, query: Tensor, options: Mapping[str, Any]) -> list[int]:
         """Say which images or frames share one packed sequence without seeing each other."""
@@ -303,17 +308,15 @@ class _Listener:
             return list(self.lengths)
         return [query.shape[2]]
 
-    def _read(self, spec: VisionSignal, attended: Attended) -> Tensor:
-        if spec.kind == "keys":
-            return joined_heads(attended.key.float(), spec.heads)
-        if spec.kind == "queries":
-            return joined_heads(attended.query.float(), spec.heads)
-        own = attended.as_one_head() if spec.heads == "join" else attended
-        if spec.kind in _FROM_CLASS and self.class_token:
-            found = own.first_row(softmax=spec.kind == "cls_attention")
-            found = found.sum(dim=1) if spec.heads == "sum" else found.mean(dim=1)
+    def _read(self, kind: str, heads: str, attended: Attended) -> Tensor:
+        if kind in ("keys", "queries"):
+            return joined_heads((attended.key if kind == "keys" else attended.query).float(), heads)
+        own = attended.as_one_head() if heads == "join" else attended
+        if kind in _FROM_CLASS:
+            found = own.first_row(softmax=kind == "cls_attention")
+            found = found.sum(dim=1) if heads == "sum" else found.mean(dim=1)
         else:
-            found = own.received(average=spec.heads != "sum")
+            found = own.received(average=heads != "sum")
         return (found[:, 1:] if self.class_token else found)[..., None]
 
 

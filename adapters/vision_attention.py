@@ -49,7 +49,8 @@ class Attended:
 
     @property
     def _keys(self) -> Tensor:
-        return self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        groups = self.query.shape[1] // self.key.shape[1]
+        return self.key if groups == 1 else self.key.repeat_interleave(groups, dim=1)
 
     def first_row(self, *, softmax: bool) -> Tensor:
         """Return what the first token, the class token, sees in all: float32 ``[B, H, N]``."""

@@ -13,6 +13,7 @@ than on public models.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -122,7 +123,7 @@ def _interpolated(points: list[tuple[float, float, int]], tokens: float) -> floa
     """Interpolate accuracy over the logarithm of the tokens; beyond the ends the nearest point holds."""
     if tokens <= points[0][0]:
         return points[0][1]
-    for (left, low, _), (right, high, _) in zip(points, points[1:], strict=False):
+    for (left, low, _), (right, high, _) in itertools.pairwise(points):
         if tokens <= right:
             share = math.log(tokens / left) / math.log(right / left)
             return low + share * (high - low)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from accuracy import half_width
+from accuracy import half_width  # noqa: E402 - a script in another folder, not a package
 
 RESULTS = ROOT / "benchmarks" / "results"
 OUT = ROOT / "docs" / "images" / "accuracy.svg"
@@ -59,8 +57,8 @@ def draw(content: dict[str, Any]) -> plt.Figure:
     figure.supxlabel("visual tokens per layer (of 256)", fontsize=9)
     figure.supylabel("exact match", fontsize=9)
     figure.suptitle(
-        "Accuracy of the demo model against visual tokens per layer. Blue: the method. Grey: random dropping at the same "
-        f"stage. Dotted: nothing dropped. Bars: 95 % intervals, {content['questions']} questions.",
+        "Accuracy of the demo model against visual tokens per layer. Blue: the method. Grey: random dropping at the "
+        f"same stage. Dotted: nothing dropped. Bars: 95 % intervals, {content['questions']} questions.",
         fontsize=9,
     )
     figure.tight_layout(rect=(0.01, 0.01, 1, 0.97))
@@ -69,6 +67,7 @@ def draw(content: dict[str, Any]) -> plt.Figure:
 
 def main() -> None:
     """Write the picture."""
+    matplotlib.use("svg")
     newest = sorted(RESULTS.glob("accuracy-*.json"))[-1]
     # Without a fixed salt the ids inside the file differ from run to run.
     matplotlib.rcParams["svg.hashsalt"] = "mmfast"

@@ -13,8 +13,18 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = (
-    "method", "stage", "action", "needs", "positions", "later turns see", "training", "vectors", "works with", "paper", "code"
-)  # fmt: skip
+    "method",
+    "stage",
+    "action",
+    "needs",
+    "positions",
+    "later turns see",
+    "training",
+    "vectors",
+    "works with",
+    "paper",
+    "code",
+)
 
 
 def _works_with(info: mmfast.MethodInfo) -> str:
@@ -99,17 +109,17 @@ def accuracy_text() -> str:
         for keep in keeps
     )
     return (
-        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random baselines: mean "
-        f"of three seeds; {result['date']}), made by `python benchmarks/accuracy.py`. Untouched: "
-        f"{result['full']['accuracy']:.3f} ({families}). In brackets the visual tokens a layer reads on average, of 256. "
-        "A plus or minus says better or worse than random dropping at the same stage and the same tokens per layer, by more "
-        "than the 95 % interval of the difference.\n\n"
+        f"**Accuracy of the demo model** on {result['questions']} held-out questions (exact match; random baselines: "
+        f"mean of three seeds; {result['date']}), made by `python benchmarks/accuracy.py`. Untouched: "
+        f"{result['full']['accuracy']:.3f} ({families}). In brackets the visual tokens a layer reads on average, of "
+        "256. A plus or minus says better or worse than random dropping at the same stage and the same tokens per "
+        "layer, by more than the 95 % interval of the difference.\n\n"
         f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
         "![Accuracy against visual tokens per layer, one panel per method](docs/images/accuracy.svg)\n\n"
-        f"Worse than random: {losers}. Methods that need training run without trained weights here, which says nothing of "
-        "them but that they run. The demo model has four layers, so methods inside it have little room, and it was trained "
-        "with dropped backgrounds and supervised attention: methods that read its attention look better here than on "
-        "public models."
+        f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
+        "nothing of them but that they run. The demo model has four layers, so methods inside it have little room, "
+        "and it was trained with dropped backgrounds and supervised attention: methods that read its attention look "
+        "better here than on public models."
     )
 
 
@@ -166,8 +176,8 @@ def cost_text() -> str:
     return (
         f"**Every method, 576 to 64 visual tokens**, against the untouched prefill ({result['setting']}; "
         f"{machine['device']}, {machine['threads']} thread, {machine['date']}; median of {result['repeats']}), made by "
-        f"`python benchmarks/methods.py`. Choosing, reading the vision encoder included, takes less than 5 % of the full "
-        f"prefill for {cheap} of {len(measured)} methods. Slower than no pruning here: {slow}.\n\n"
+        f"`python benchmarks/methods.py`. Choosing, reading the vision encoder included, takes less than 5 % of the "
+        f"full prefill for {cheap} of {len(measured)} methods. Slower than no pruning here: {slow}.\n\n"
         f"<details><summary>Cost and gain of each</summary>\n\n{table(rows)}\n\n</details>\n\n"
         f"On 64 frames of 196 tokens the choice that takes most memory is `{largest['method']}` with "
         f"{largest['mb_64']:.0f} MB on top. Time grows with more than the power 1.5 of the tokens for: {quadratic}."

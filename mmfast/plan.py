@@ -165,7 +165,7 @@ class Plan:
             bytes_per_value: 2 for half precision, 4 for float32.
 
         Returns:
-            The prediction, or None where a method leaves the count to the data.
+            The prediction, or None where a method leaves the count to the data or to the shape of the image.
 
         Example:
             >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
@@ -176,7 +176,7 @@ class Plan:
         entered = visual
         for before in self.at("before_llm"):
             if isinstance(before, BeforeLLM):
-                if before.keep is None:
+                if before.keep is None or before.fits_grid:
                     return None
                 entered = shared_count(entered, images, before.keep_count)
         alive: list[int] | None = [entered + text] * shape.layers

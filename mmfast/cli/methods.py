@@ -98,7 +98,7 @@ def _show(info: mmfast.MethodInfo) -> None:
         "action": info.action,
         "training": "not needed" if info.training_free else "needed",
         "positions": info.positions,
-        "later turns": f"see what the {info.turns} left" if info.reads_question else "see what is left for any question",
+        "later turns": "see what the first question left" if info.reads_question else "see what suits any question",
         "vectors": "tested against official ones" if info.vectors else "no official ones",
         "paper": info.paper or "baseline",
         "source": info.source or "-",

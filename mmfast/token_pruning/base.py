@@ -152,6 +152,8 @@ class BeforeLLM(Method):
 
     adaptive: ClassVar[bool] = False
     """Whether ``keep=None`` is allowed and means the method's own, data-dependent count."""
+    fits_grid: ClassVar[bool] = False
+    """Whether what is left fills a smaller grid, so that it can be fewer than ``keep`` says."""
 
     def __post_init__(self) -> None:
         if self.keep is not None or not self.adaptive:

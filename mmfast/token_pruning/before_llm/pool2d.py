@@ -25,6 +25,8 @@ class Pool2d(Merger):
     token nearest to the middle of its cell. Several frames or tiles share the budget equally.
     """
 
+    fits_grid = True
+
     def merge(self, tokens: VisualTokens, kept: int) -> Keep:
         """Pool each grid."""
         layout = tokens.layout
