@@ -183,19 +183,10 @@ class Adapter:
         tables: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, position_ids=position_ids)
         return tables
 
-    def rotary_frequencies(self) -> Tensor:
-        """Return the frequencies ``[d/2]`` of the rotary position embedding.
-
-        Raises:
-            ValueError: if the decoder has not exactly one set of them.
-        """
+    def rotary_frequencies(self) -> Tensor | None:
+        """Return the frequencies ``[d/2]`` of the rotary position embedding; None if there is not exactly one set."""
         found = getattr(self.decoder.rotary_emb, "inv_freq", None)
-        if not isinstance(found, Tensor):
-            raise ValueError(
-                f"{type(self.decoder).__name__} has no single set of rotary frequencies, by which attention to merged "
-                "tokens could be calibrated; use calibrate=False"
-            )
-        return found
+        return found if isinstance(found, Tensor) else None
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Describe the visual tokens of each image or video, in the order of the placeholders.

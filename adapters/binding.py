@@ -80,6 +80,7 @@ class Binding:
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         refuse_impossible(adapter, plan)
+        self.calibrates = calibrates(adapter, plan)
         running = active_on(adapter.model)
         if running is not None:
             if not replace:
@@ -354,14 +355,14 @@ class Binding:
             )
         kwargs["position_ids"] = positions
         pairs = self.mask if inner.length > 1 and self._sees_media(inner) else None
-        if pairs is not None or calibrates(self.before):
+        if pairs is not None or self.calibrates:
             kwargs["attention_mask"] = rewritten(
                 kwargs.get("attention_mask"),
                 inner,
                 embeds,
                 reference,
                 pairs=pairs,
-                frequencies=self.adapter.rotary_frequencies() if calibrates(self.before) else None,
+                frequencies=self.adapter.rotary_frequencies() if self.calibrates else None,
             )
         self.layers.announce(inner)
 

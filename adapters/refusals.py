@@ -26,9 +26,24 @@ def can_compact(adapter: Adapter) -> bool:
     return adapter.can_compact and not adapter.slides
 
 
-def calibrates(method: BeforeLLM | None) -> bool:
-    """Say whether attention has to know how many tokens each merged one stands for."""
-    return bool(getattr(method, "calibrate", False))
+def calibrates(adapter: Adapter, plan: Plan) -> bool:
+    """Say whether attention has to know how many tokens each merged one stands for.
+
+    Raises:
+        ValueError: if that was asked for and is not possible.
+    """
+    before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
+    wanted = getattr(before, "calibrate", False)
+    if before is None or wanted is False:
+        return False
+    implementation = adapter.text_config._attn_implementation
+    plain = can_compact(adapter) and not plan.at("in_llm") and adapter.rotary_frequencies() is not None
+    if wanted and (not plain or "flash" in implementation):
+        raise ValueError(
+            f"method {before.name!r}: calibrate=True needs a model with one-dimensional rotary positions, no sliding "
+            "window, sdpa or eager attention, and no method inside the language model beside it; use calibrate=False"
+        )
+    return plain and "flash" not in implementation
 
 
 def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
@@ -46,21 +61,13 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
                 f"{adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
                 "count original positions); use positions='keep'"
             )
-    before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
     dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
     bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
     mask: LayerMask | None = only(plan, "in_llm", LayerMask)
     masked: list[Method] = [] if mask is None else [mask]
     if bypass is not None and bypass.bypass == "freeze":
         masked.append(bypass)
-    if before is not None and calibrates(before):
-        masked.append(before)
-        if not can_compact(adapter) or dropper is not None or bypass is not None:
-            raise ValueError(
-                f"method {before.name!r}: calibrate=True needs a model with one-dimensional rotary positions "
-                "and no sliding window, and no method that drops inside the language model; use calibrate=False"
-            )
-        adapter.rotary_frequencies()
+    calibrates(adapter, plan)
     implementation = adapter.text_config._attn_implementation
     if "flash" in implementation and masked:
         raise ValueError(

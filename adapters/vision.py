@@ -21,7 +21,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import Described
 from mmfast.adapters.vision_attention import Attended, joined_heads
-from mmfast.token_pruning.base import Method, VisionSignal
+from mmfast.token_pruning.base import Method, VisionSignal, check_choice
 from mmfast.tokens import Layout
 
 _OUTPUTS = ("patch_features", "cls_features")
@@ -50,6 +50,8 @@ def check_signals(adapter: Adapter, method: Method) -> None:
                     "that does not read its features"
                 )
             try:
+                check_choice("kind", spec.kind, [*_ATTENTION, "keys", "queries", *_OUTPUTS])
+                check_choice("heads", spec.heads, ["mean", "sum", "join"])
                 block = block_of(adapter, modality, spec, {})
             except ValueError as error:
                 raise ValueError(f"{prefix} {error}") from None

@@ -26,7 +26,7 @@ class Weighty(Merger):
     """Every second token, as if it stood for many."""
 
     keep: int | float | None = 4
-    calibrate: bool = True
+    calibrate: bool | None = True
 
     def merge(self, tokens: VisualTokens, kept: int) -> Keep:
         places = torch.arange(kept) * 2
@@ -135,7 +135,9 @@ def test_calibration_is_refused_where_it_cannot_hold() -> None:
     for name in ("qwen2_5_vl", "gemma3"):
         with pytest.raises(ValueError, match="calibrate=True needs a model with one-dimensional rotary positions"):
             mmfast.accelerate(FAMILIES[name].model(), "weighty()")
-    with pytest.raises(ValueError, match="no method that drops inside the language model"):
+        # Where possible is not here.
+        mmfast.accelerate(FAMILIES[name].model(), "weighty(calibrate=None)").remove()
+    with pytest.raises(ValueError, match="no method inside the language model beside it"):
         mmfast.accelerate(FAMILIES["llava"].model(), "weighty() + cut()")
 
 

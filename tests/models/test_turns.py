@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast.plan import PlanLike
+from mmfast.token_pruning.layers import LayerRequest
 from support.cases import case_id
 from support.checks import CLOSE, FAR, Generated, generate
 from support.families import FAMILIES, Batch, Family
+from support.probes import EVENTS, Detour, Probe, Window
 from support.prompts import IMAGE, VOCABULARY, Media, Piece, left_padded, text, tokens
 from support.reference import expected
 
@@ -24,7 +27,21 @@ STEPS = 4
 PLAIN_TEXT = {"suppress_tokens": list(range(IMAGE, VOCABULARY))}
 """A placeholder among the answers would need an image when it is read again."""
 
+INSIDE_PLANS = {
+    "merge": [
+        Probe(merge=True, needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer - 1) for layer in EVENTS))
+    ],
+    "ahead": [Probe(needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer, ahead=True) for layer in EVENTS))],
+    "truncate": [Probe(cuts=((1, 0, 1), (3, 1, 3), (4, 3, 4)))],
+    "skip": [Detour()],
+    "freeze": [Detour(bypass="freeze")],
+    "attention": [Detour(bypass="attention")],
+    "mask": [Window()],
+}
+"""Everything else that methods inside the language model may do."""
+
 every_plan = pytest.mark.parametrize("plan", PLANS)
+every_kind_of_plan = pytest.mark.parametrize("plan", [*PLANS, *INSIDE_PLANS.values()], ids=[*PLANS, *INSIDE_PLANS])
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 
 
@@ -54,7 +71,7 @@ def second_turn(first: Batch, answers: Tensor, *pieces: Sequence[Piece]) -> tupl
     return batch, inputs
 
 
-def largest_error(done: Generated, batch: Batch, plan: str, turns: Any = None) -> float:
+def largest_error(done: Generated, batch: Batch, plan: PlanLike, turns: Any = None) -> float:
     worst = 0.0
     for row in range(len(batch)):
         wanted = expected(batch.alone(row), plan, done.tokens[row, :-1].tolist(), turns and turns[row])
@@ -63,11 +80,11 @@ def largest_error(done: Generated, batch: Batch, plan: str, turns: Any = None) -
 
 
 @every_family
-@every_plan
-def test_a_second_question(family: Family, plan: str) -> None:
+@every_kind_of_plan
+def test_a_second_question(family: Family, plan: PlanLike) -> None:
     model, first = family.model(), first_turn(family)
 
-    def run(plan: str) -> tuple[float, Tensor]:
+    def run(plan: PlanLike) -> tuple[float, Tensor]:
         with mmfast.accelerate(model, plan):
             answer = generate(model, first.inputs, STEPS)
             asked = [text(5, 9)] * 2
@@ -106,12 +123,12 @@ def encoded_ahead(model: Any, batch: Batch, inputs: dict[str, Tensor]) -> dict[s
 
 
 @every_family
-@every_plan
-def test_a_second_image(family: Family, plan: str) -> None:
+@every_kind_of_plan
+def test_a_second_image(family: Family, plan: PlanLike) -> None:
     model, first = family.model(), first_turn(family)
     more = [[2, family.image(family.sizes - 1, 3), 3], [2, family.image(family.sizes - 1, 4), 3]]
 
-    def run(plan: str) -> float:
+    def run(plan: PlanLike) -> float:
         with mmfast.accelerate(model, plan) as fast:
             answer = generate(model, first.inputs, STEPS, **PLAIN_TEXT)
             batch, inputs = second_turn(first, answer.tokens, *more)
@@ -135,14 +152,14 @@ def test_a_second_image(family: Family, plan: str) -> None:
 
 
 @every_family
-@every_plan
-def test_an_image_after_a_text_turn(family: Family, plan: str) -> None:
+@every_kind_of_plan
+def test_an_image_after_a_text_turn(family: Family, plan: PlanLike) -> None:
     """The cache was filled before anything was dropped, with padding among its tokens."""
     model = family.model()
     first = family.batch([6], [9])
     more = [[2, family.image(family.sizes - 1, 3), 3], [2, family.image(family.sizes - 1, 4), 3]]
 
-    def run(plan: str) -> float:
+    def run(plan: PlanLike) -> float:
         with mmfast.accelerate(model, plan):
             answer = generate(model, first.inputs, STEPS, **PLAIN_TEXT)
             batch, inputs = second_turn(first, answer.tokens, *more)

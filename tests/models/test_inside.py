@@ -1,0 +1,207 @@
+"""What methods inside the language model are given, and everything they may decide, on every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import mmfast
+from mmfast.token_pruning.base import Method
+from mmfast.token_pruning.layers import LayerRequest
+from support.cases import CASES, case_id, mixed, one, two
+from support.checks import CLOSE, census, check_against_reference, first_logits
+from support.families import FAMILIES, Batch, Family
+from support.flash import FLASH, flash_on_cpu
+from support.probes import EVENTS, Detour, Probe, Window, compare
+from support.reference import expected
+
+every_case = pytest.mark.parametrize(("family", "case"), CASES, ids=case_id)
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
+
+REQUESTS = {
+    "last row of the layer before": [LayerRequest(layer - 1, queries="last") for layer in EVENTS],
+    "own layer ahead": [LayerRequest(layer, ahead=True) for layer in EVENTS],
+    "own layer ahead with values": [LayerRequest(layer, ahead=True, values=True) for layer in EVENTS],
+    "last row ahead": [LayerRequest(layer, ahead=True, queries="last") for layer in EVENTS],
+    "across earlier drops": [LayerRequest(0), LayerRequest(0), LayerRequest(2)],
+    "not rotated": [LayerRequest(layer, ahead=True, rotary=False) for layer in EVENTS],
+    "not rotated, earlier layers": [LayerRequest(layer - 1, rotary=False) for layer in EVENTS],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _flash() -> Iterator[None]:
+    with flash_on_cpu():
+        yield
+
+
+def check_probe(probe: Probe, batch: Batch, attention: str = "sdpa") -> None:
+    """Compare what comes out, and what the method was given row by row."""
+    check_against_reference(batch, [probe], attention)
+    rows = [row for row in range(len(batch)) if batch.media[row]]
+    steps = len(EVENTS)
+    pruned, reference = probe.log[: steps * len(rows)], probe.log[steps * len(rows) :]
+    assert len(reference) == len(pruned)
+    for number in range(len(rows)):
+        for step in range(steps):
+            compare(pruned[step * len(rows) + number], reference[number * steps + step], CLOSE)
+
+
+@every_family
+@pytest.mark.parametrize("asks", REQUESTS.values(), ids=REQUESTS.keys())
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
+def test_the_attention_asked_for_is_given(family: Family, asks: list[LayerRequest], attention: str) -> None:
+    if attention == FLASH and family.window:
+        return
+    check_probe(Probe(needs=frozenset({"attention"}), asks=tuple(asks)), mixed(family), attention)
+
+
+@every_family
+@pytest.mark.parametrize("case", [one, two])
+def test_attention_without_padding(family: Family, case: Callable[[Family], Batch]) -> None:
+    """Where no mask may be needed at all."""
+    asks = (LayerRequest(0), LayerRequest(3, ahead=True, values=True), LayerRequest(3, rotary=False))
+    check_probe(Probe(needs=frozenset({"attention"}), asks=asks), case(family))
+
+
+@every_case
+@pytest.mark.parametrize("norm", ["final_norm", "layer_norm"])
+def test_states_and_places_are_given(family: Family, case: Callable[[Family], Batch], norm: str) -> None:
+    check_probe(Probe(needs=frozenset({"embeds", "activations", norm})), case(family))
+
+
+@every_case
+@pytest.mark.parametrize("adaptive", [False, True], ids=["counts", "own-counts"])
+@pytest.mark.parametrize("scope", ["global", "per_image"])
+def test_tokens_merge_between_layers(
+    family: Family, case: Callable[[Family], Batch], adaptive: bool, scope: str
+) -> None:
+    check_against_reference(case(family), [Probe(merge=True, adaptive=adaptive, scope=scope)])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.renumbers], ids=case_id)
+@pytest.mark.parametrize(
+    "asks", [REQUESTS["own layer ahead"], REQUESTS["across earlier drops"]], ids=["ahead", "before"]
+)
+def test_renumbered_positions(family: Family, asks: list[LayerRequest]) -> None:
+    probe = Probe(needs=frozenset({"attention"}), asks=tuple(asks), merge=True, positions="compact")
+    check_probe(probe, mixed(family))
+
+
+@every_family
+def test_after_a_cut_before_the_decoder(family: Family) -> None:
+    plan = [*mmfast.Plan.parse("pool2d(keep=0.7)").methods, Probe(merge=True, needs=frozenset({"embeds"}))]
+    check_against_reference(mixed(family), plan)
+
+
+@every_family
+@pytest.mark.parametrize("cuts", [((4, 0, 4),), ((1, 0, 1), (3, 2, 3)), ((3, 0, 2), (4, 2, 4))], ids=str)
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_caches_of_earlier_layers_are_truncated(
+    family: Family, cuts: tuple[tuple[int, int, int], ...], positions: str
+) -> None:
+    """The prompt is read as without that; the tokens after it find less."""
+    if positions == "compact" and not family.renumbers:
+        return
+    check_against_reference(mixed(family), [Probe(cuts=cuts, positions=positions)])
+
+
+# ------------------------------------------------------------------------ around a layer
+
+
+ROUTES = {
+    "plain": {},
+    "gate": {"gated": True},
+    "fade": {"faded": True},
+    "states": {"replaced": True},
+    "text": {"routes_text": True},
+}
+WAYS = [
+    (way, route)
+    for way in ("skip", "freeze", "attention")
+    for route in ROUTES
+    if (route != "states" or way == "freeze") and (route != "fade" or way == "skip")
+]
+
+
+@every_family
+@pytest.mark.parametrize(("way", "route"), WAYS)
+def test_tokens_go_around_layers(family: Family, way: str, route: str) -> None:
+    check_against_reference(mixed(family), [Detour(bypass=way, **ROUTES[route])])
+
+
+@pytest.mark.parametrize(("family", "case"), [pair for pair in CASES if pair[1] is not mixed], ids=case_id)
+@pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
+def test_every_prompt_goes_around(family: Family, case: Callable[[Family], Batch], way: str) -> None:
+    check_against_reference(case(family), [Detour(bypass=way)])
+
+
+@every_family
+@pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
+@pytest.mark.parametrize("attention", ["eager", FLASH])
+def test_going_around_with_other_attention(family: Family, way: str, attention: str) -> None:
+    if attention == FLASH and (family.window or way == "freeze"):
+        model, stock = family.model(attention), census(family.model(attention))
+        with pytest.raises(ValueError, match="cannot read|measures sliding windows"):
+            mmfast.accelerate(model, [Detour(bypass=way)])
+        assert census(model) == stock
+        return
+    check_against_reference(mixed(family), [Detour(bypass=way)], attention)
+
+
+@every_family
+@pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
+def test_going_around_after_a_cut_before_the_decoder(family: Family, way: str) -> None:
+    plan = [*mmfast.Plan.parse("pool2d(keep=0.7)").methods, Detour(bypass=way)]
+    check_against_reference(mixed(family), plan)
+
+
+@every_family
+@pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
+def test_all_layers_have_a_bypass(family: Family, way: str) -> None:
+    check_against_reference(two(family), [Detour(bypass=way, layers=(0, 1, 2, 3, 4))])
+
+
+METHODS = {
+    "merge": Probe(merge=True),
+    **{way: Detour(bypass=way) for way in ("skip", "freeze", "attention")},
+    "mask": Window(),
+}
+
+
+@every_family
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
+def test_one_forward_pass(family: Family, method: Method, use_cache: bool) -> None:
+    """Logits keep the length of the prompt, and without a cache nothing else is computed."""
+    model, batch = family.model(), mixed(family)
+    with mmfast.accelerate(model, [method]), torch.no_grad():
+        logits = model(**batch.inputs, use_cache=use_cache).logits
+    assert logits.shape[:2] == batch.inputs["input_ids"].shape
+    for row in range(len(batch)):
+        assert (logits[row, -1] - expected(batch.alone(row), [method]).logits[0]).abs().max() < CLOSE
+
+
+# ------------------------------------------------------------------------ who looks at whom
+
+
+@every_case
+def test_further_pairs_become_visible(family: Family, case: Callable[[Family], Batch]) -> None:
+    # PaliGemma reads prompts in both directions as it is.
+    check_against_reference(case(family), [Window()], far=-1.0 if family.name == "paligemma" else 0.01)
+
+
+@every_family
+def test_further_pairs_after_a_cut(family: Family) -> None:
+    check_against_reference(two(family), [*mmfast.Plan.parse("uniform(keep=0.6)").methods, Window()])
+
+
+@every_family
+def test_without_images_nothing_changes(family: Family) -> None:
+    model, batch = family.model(), family.batch([6], [9])
+    wanted = first_logits(model, batch.inputs)
+    for method in (Window(), Detour(), Detour(bypass="freeze"), Probe(merge=True)):
+        with mmfast.accelerate(model, [method]):
+            assert (first_logits(model, batch.inputs) == wanted).all()
