@@ -44,6 +44,7 @@ class Capture:
         mask: as the attention function got it: None, ``[B, KV]`` or ``[B or 1, 1 or H, Q, KV]``.
         scaling: factor of the logits.
         softcap: cap of the logits.
+        causal: whether tokens see only what comes before them, where no 4-D mask says so.
     """
 
     slots: Tensor
@@ -54,6 +55,7 @@ class Capture:
     mask: Tensor | None = None
     scaling: float | None = None
     softcap: float | None = None
+    causal: bool = True
 
     def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         """Keep references.
@@ -65,6 +67,7 @@ class Capture:
         self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
         self.mask = mask
         self.scaling, self.softcap = options.get("scaling"), options.get("softcap")
+        self.causal = bool(options.get("is_causal", True))
         if self.stop:
             raise CaptureDone
 
@@ -92,14 +95,18 @@ class Capture:
     def _mask(self, row: int, queries: int, past: int) -> Tensor | None:
         """Return ``[Q, past + Q]``, or None where causality says it all."""
         mask = self.mask
-        if mask is None or mask.numel() == 0:
-            return None
-        if mask.ndim == 4:
+        if mask is not None and mask.ndim == 4:
             return mask[row if mask.shape[0] > 1 else 0, 0]
-        visible = mask[row, -(past + queries) :].bool()
-        if bool(visible.all()):
+        if mask is not None and (mask.numel() == 0 or bool(mask[row, -(past + queries) :].all())):
+            mask = None
+        if mask is None and self.causal:
             return None
-        places = torch.arange(past + queries, device=mask.device)
+        visible = torch.ones(1, past + queries, dtype=torch.bool, device=self.slots.device)
+        if mask is not None:
+            visible = mask[row, None, -(past + queries) :].bool()
+        if not self.causal:
+            return visible.expand(queries, -1)
+        places = torch.arange(past + queries, device=visible.device)
         return (places <= places[past:, None]) & visible
 
 
@@ -162,7 +169,9 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
     ) -> Any:
         listener = _captures.get(module)
         if listener is not None:
-            listener.take(query, key, value, attention_mask, kwargs)
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            listener.take(query, key, value, attention_mask, {**kwargs, "is_causal": causal})
         return _original(implementation, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tap

@@ -162,6 +162,12 @@ class Adapter:
         found: nn.Module = layer.mlp  # type: ignore[assignment]
         return found
 
+    def feed_forward_end(self, layer: nn.Module) -> nn.Module:
+        """Return the module whose output is what the feed-forward part adds to the residual stream."""
+        # Some families normalise once more; a factor before that norm would be undone by it.
+        found = getattr(layer, "post_feedforward_layernorm", None)
+        return found if isinstance(found, nn.Module) else self.feed_forward(layer)
+
     def down_projection(self, layer: nn.Module) -> nn.Module:
         """Return the projection whose input are the activations of the feed-forward part.
 
@@ -222,8 +228,11 @@ class Adapter:
 
     def feature_layers(self, arguments: Mapping[str, Any]) -> list[int]:
         """Return the layers whose outputs the projector reads, counted as hidden states are (0 = embeddings)."""
-        chosen = arguments.get("vision_feature_layer")
-        chosen = getattr(self.model.config, "vision_feature_layer", -1) if chosen is None else chosen
+        # Releases differ in how VipLLaVA calls them.
+        names = ("vision_feature_layers", "vision_feature_layer")
+        given = [arguments.get(name) for name in names]
+        configured = [getattr(self.model.config, name, None) for name in names]
+        chosen = next((value for value in (*given, *configured) if value is not None), -1)
         return [chosen] if isinstance(chosen, int) else list(chosen)
 
     def feature_block(self, modality: str, arguments: Mapping[str, Any]) -> int:

@@ -74,7 +74,10 @@ class Bypasser:
             if route.skipped is not None:
                 skipped[row, own] = route.skipped.float()
             if route.states is not None:
-                shown = shown.index_put((torch.full_like(own, row), own), route.states.to(shown.dtype))
+                out = torch.ones(own.numel(), dtype=torch.bool, device=own.device)
+                out[route.selected] = False
+                frozen = own[out]
+                shown = shown.index_put((torch.full_like(frozen, row), frozen), route.states[out].to(shown.dtype))
         inner.selection_marks.append((begin, self.recorder.watch.mark()))
         if not changed and not gated and shown is hidden:
             return hidden
@@ -84,7 +87,8 @@ class Bypasser:
             inner.fed.add(index)
         inner.tables["bypass", index] = (hidden, step, narrower, skipped)
         if gated:
-            weights = gate if self.method.bypass == "attention" else gather_rows(gate, step)
+            taking_part = torch.where(part.to(gate.device), gate, 1.0)
+            weights = taking_part if self.method.bypass == "attention" else gather_rows(gate, step)
             self._gate(inner, layer, weights)
         return self._enter(inner, index, level, narrower, step, layer, hidden, shown, new)
 
@@ -121,7 +125,6 @@ class Bypasser:
         new: dict[str, Any],
     ) -> Tensor:
         if self.method.bypass == "freeze":
-            inner.tables["freeze", index] = shown
             self._show_all(inner, index, level, layer, shown, new)
             self._narrow(new, step, narrower, level.length, rows_only=True)
             return gather_rows(hidden, step)
@@ -164,7 +167,7 @@ class Bypasser:
 
     def _gate(self, inner: Inner, layer: nn.Module, weights: Tensor) -> None:
         """Multiply what the feed-forward part adds to each token."""
-        part = self.adapter.feed_forward(layer)
+        part = self.adapter.feed_forward_end(layer)
 
         def weigh(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             return output * weights[..., None].to(output.dtype)
@@ -201,9 +204,8 @@ class Bypasser:
             hidden, step, level, skipped = kept
             if self.method.bypass == "attention":
                 return None
-            rest = inner.tables.pop(("freeze", index), hidden)
             states = output[0] if isinstance(output, tuple) else output
-            around = torch.where((skipped == 1.0)[..., None], rest, rest * skipped[..., None].to(rest.dtype))
+            around = torch.where((skipped == 1.0)[..., None], hidden, hidden * skipped[..., None].to(hidden.dtype))
             whole = _scatter(around, step, states, level.real)
             return (whole, *output[1:]) if isinstance(output, tuple) else whole
 

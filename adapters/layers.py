@@ -123,7 +123,13 @@ class LayerRunner:
             return affected
         layers = inner.cache.layers
         reference = reference_layer(inner.cache)
-        unmasked = inner.length == 1 and implementation == "sdpa" and inner.levels[0].real is None
+        unmasked = (
+            inner.length == 1
+            and implementation == "sdpa"
+            and inner.levels[0].real is None
+            # A mask made before the decoder fits one layer's cache only.
+            and not self.adapter.masks_before_decoder
+        )
         for index, layer in enumerate(layers):
             if layer.is_sliding or (
                 layer.history != reference.history

@@ -64,7 +64,7 @@ def items_of(features: Any) -> list[Tensor]:
 
 
 def tag(output: Any, layouts: list[Layout]) -> None:
-    """Attach layouts, and what was read beside them, to a feature output, which later arrives in ``mm_encoder_outputs``."""
+    """Attach layouts, and what was read beside them, to features, which later arrive in ``mm_encoder_outputs``."""
     if hasattr(output, "__dict__"):
         setattr(output, _TAG, layouts)
 

@@ -75,11 +75,16 @@ class Reader:
             inner.undo.append(down.register_forward_pre_hook(note).remove)
 
     def _watch_attention(self, inner: Inner, layer: int, event_layer: int) -> None:
+        users: list[int] = inner.tables.setdefault(("captured for", layer), [])
+        users.append(event_layer)
+        if len(users) > 1:
+            return
         module = self.adapter.attention(self.adapter.layers[layer])
 
         def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             capture = Capture(inner.reads_at(layer).slots)
-            inner.tables["capture", event_layer] = capture
+            for user in users:
+                inner.tables["capture", user] = capture
             watch(module, capture)
 
         handle = module.register_forward_pre_hook(begin, with_kwargs=True)

@@ -110,8 +110,8 @@ def _vision(method: Method, part: Segment, device: torch.device, *, detach: bool
         if value is None:
             raise ValueError(
                 f"method {method.name!r} needs {spec.kind!r} of the vision encoder, which was not read for this "
-                f"{part.layout.modality}: its features were made before this plan was active, or by other means than "
-                "the model's own call; encode the media after accelerate()"
+                f"{part.layout.modality}: its features were made before this plan was active, or they do not fit the "
+                "placeholders row by row; encode the media after accelerate(), in the order of the prompts"
             )
         found[name] = (value.detach() if detach else value).to(device)
     return found

@@ -151,6 +151,28 @@ class Plan:
         """Write the form of plan files, every option named."""
         return {"method": [{"name": method.name, **method.options()} for method in self.methods]}
 
+    def save(self, path: Path) -> None:
+        """Write a plan file that :meth:`load` reads back; the ending says whether it is TOML or JSON.
+
+        Raises:
+            ValueError: if the ending is neither, or an option is None against its default, for which TOML has no word.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> with TemporaryDirectory() as folder:
+            ...     path = Path(folder) / "plan.toml"
+            ...     Plan.parse("fastv(layer=3, keep=64)").save(path)
+            ...     path.read_text().splitlines()[:2], Plan.load(path).to_text()
+            (['[[method]]', 'name = "fastv"'], 'fastv(keep=64, layer=3)')
+        """
+        if path.suffix == ".toml":
+            text = "\n".join(_toml_table(method) for method in self.methods) or "method = []\n"
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        else:
+            raise ValueError(f"plan file {str(path)!r} must end in .toml or .json")
+        path.write_text(text, encoding="utf-8")
+
     def keep_counts(
         self, visual: int, text: int, shape: LanguageShape, *, images: int = 1, bytes_per_value: int = 2
     ) -> Prediction | None:
@@ -226,6 +248,30 @@ def shared_count(total: int, items: int, count: Callable[[int], int]) -> int:
         60
     """
     return sum(count(part) for part in shares(total, [1] * items) if part)
+
+
+def _toml_table(method: Method) -> str:
+    """Write one method of a plan file, every option named but those that are None by default."""
+    lines = ["[[method]]", f"name = {_toml_value(method.name)}"]
+    defaults = get(method.name).options
+    for option, value in method.options().items():
+        if value is None and defaults[option] is None:
+            continue
+        if value is None:
+            raise ValueError(f"method {method.name!r}: TOML cannot write {option}=None; save the plan as .json")
+        lines.append(f"{option} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON text is TOML text, but for one control character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Sequence):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return repr(value)
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:

@@ -63,11 +63,11 @@ class VisionSignal:
             ``"received_attention"`` ``[N]``: mean over heads and all queries of what a token receives;
             ``"keys"``, ``"queries"`` ``[N, d]``: without heads averaged or joined, see ``heads``;
             ``"patch_features"`` ``[N, C]``: output of a block; ``"cls_features"`` ``[tiles, C]``: the same
-            of the class token. All float32 but features, which keep the model's dtype.
+            of the class tokens, in the order of ``layout.tiles()``. All float32 but features, which keep the model's dtype.
         layer: the block, 0-based: an index, a relative depth (float in (0, 1)), ``"features"`` for the
             block whose output the model uses as features, or ``"last"``.
-        heads: average the heads (``"mean"``), add them up (``"sum"``) or join them (``"join"``, keys and
-            queries only: the full width of the projection).
+        heads: average the heads (``"mean"``), add them up (``"sum"``) or join them (``"join"``: keys and
+            queries in the full width of the projection, attention as that of a single head of this width).
     """
 
     kind: Literal[

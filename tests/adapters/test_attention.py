@@ -1,4 +1,4 @@
-"""Rows of attention beside the model's own attention function."""
+"""What attention modules attend with, read beside the model's own attention function."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfast
-from mmfast.adapters.attention import Capture, attention_rows, register_tap, tap_name, unwatch, watch
+from mmfast.adapters.attention import Capture, CaptureDone, register_tap, tap_name, unwatch, watch
 from mmfast.adapters.ledger import Ledger
-from support.cases import case_id, two
+from support.cases import case_id, mixed
 from support.checks import CLOSE, census, registries
 from support.families import FAMILIES, Family
 
@@ -23,64 +23,108 @@ def full_attention(query: Tensor, key: Tensor, visible: Tensor, scaling: float, 
     return logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
 
 
-@pytest.mark.parametrize("form", ["none", "2d", "bool", "additive"])
+# Masks of four dimensions are made for a cache: they may have more columns than there are keys.
+FORMS = [(form, past, 0) for form in ("none", "2d", "bool", "additive", "shared") for past in (0, 4)]
+FORMS += [(form, 0, 3) for form in ("bool", "additive", "shared")]
+
+
+@pytest.mark.parametrize(("form", "past", "longer"), FORMS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("past", [0, 4])
-def test_rows_are_those_of_the_full_matrix(form: str, softcap: float | None, past: int) -> None:
+def test_a_view_cuts_one_prompt_out(form: str, past: int, longer: int, softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(2, 2, 6 + past, 8, generator=generator)
+    query, key, value = (
+        torch.randn(2, heads, 6 + more, 8, generator=generator) for heads, more in ((4, 0), (2, past), (2, past))
+    )
     causal = torch.ones(6, 6 + past, dtype=torch.bool).tril(past)
     padding = torch.ones(2, 6 + past, dtype=torch.bool)
-    padding[1, :3] = False
-    visible = causal.expand(2, 1, -1, -1) if form == "none" else causal & padding[:, None, None]
+    padding[1, past : past + 2] = False
+    visible = causal.expand(2, 1, -1, -1) if form in ("none", "shared") else causal & padding[:, None, None]
+    given = torch.cat([torch.ones(*visible.shape[:-1], longer, dtype=torch.bool), visible], dim=-1)
     mask = {
         "none": None,
         "2d": padding.long(),
-        "bool": visible,
-        "additive": torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min),
+        "bool": given,
+        "additive": torch.zeros(given.shape).masked_fill(~given, torch.finfo(torch.float32).min),
+        "shared": given[:1],
     }[form]
-    rows = torch.tensor([5, 4])
-    found = attention_rows(query, key, mask, rows, scaling=0.3, softcap=softcap)
-    wanted = full_attention(query, key, visible, 0.3, softcap)[torch.arange(2), :, rows]
-    assert found.shape == (2, 4, 6 + past)
-    assert (found - wanted).abs().max() < 1e-6
+    capture = Capture(torch.arange(6).expand(2, -1), False, query, key, value, mask, 0.3, softcap)
+    wanted = full_attention(query, key, visible, 0.3, softcap)
+    for row, places in enumerate([None, torch.tensor([2, 3, 5])]):
+        own = torch.arange(6) if places is None else places
+        columns = torch.cat([torch.arange(past), own + past])
+        view = capture.view(row, places)
+        assert (view.length, view.past) == (len(own), past)
+        assert torch.equal(view.query, query[row][:, own])
+        assert torch.equal(view.key, key[row][:, columns])
+        assert torch.equal(view.value, value[row][:, columns])
+        # Dropped tokens take nothing: what a row sees is shared out among those that are left.
+        kept = wanted[row][:, own][:, :, columns]
+        kept = kept / kept.sum(dim=-1, keepdim=True)
+        rows = torch.arange(len(own))
+        assert (view.rows(rows) - kept[..., past:]).abs().max() < 1e-6
 
 
-def test_rows_are_read_in_float32() -> None:
-    query, key = (torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
-    found = attention_rows(query, key, None, torch.tensor([4]))
-    assert found.dtype == torch.float32
-    assert torch.equal(found, attention_rows(query.float(), key.float(), None, torch.tensor([4])))
+def test_a_view_of_what_never_ran_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="was not run between the request for its attention and its use"):
+        Capture(torch.arange(3)[None]).view(0, None)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
-def test_the_tap_reads_what_eager_attention_returns(family: Family) -> None:
-    """And passes the call on, so that nothing else changes."""
-    batch = two(family)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_tap_reads_what_eager_attention_returns(family: Family, attention: str) -> None:
+    """For every layer, head, row and column of padded prompts; and passes the call on, so that nothing changes."""
+    batch = mixed(family)
+    real = batch.inputs["attention_mask"].bool()
     with torch.no_grad():
         wanted = family.model("eager")(**batch.inputs, output_attentions=True).attentions
-        model = family.model()
+        model = family.model(attention)
         before = model(**batch.inputs).logits
         ledger, tables = Ledger(), registries()
         config = model.get_decoder().config
-        register_tap("sdpa", ledger)
-        config._attn_implementation_internal = tap_name("sdpa")
-        last = torch.tensor([batch.inputs["input_ids"].shape[1] - 1])
-        captures = [Capture(last) for _ in wanted]
+        register_tap(attention, ledger)
+        config._attn_implementation_internal = tap_name(attention)
+        slots = torch.arange(real.shape[1]).expand(len(batch), -1)
+        captures = [Capture(slots) for _ in wanted]
         modules = [layer.self_attn for layer in model.get_decoder().layers]
         try:
             for module, capture in zip(modules, captures, strict=True):
                 watch(module, capture)
             tapped = model(**batch.inputs).logits
         finally:
-            config._attn_implementation_internal = "sdpa"
+            config._attn_implementation_internal = attention
             for module in modules:
                 unwatch(module)
             ledger.undo()
     assert torch.equal(tapped, before)
-    for capture, weights in zip(captures, wanted, strict=True):
-        assert (capture.result - weights[:, :, -1]).abs().max() < CLOSE
     assert registries() == tables
+    for capture, weights in zip(captures, wanted, strict=True):
+        for row, own in enumerate(weights):
+            places = real[row].nonzero().squeeze(-1)
+            view = capture.view(row, places)
+            assert (view.rows(torch.arange(len(places))) - own[:, places][:, :, places]).abs().max() < CLOSE
+
+
+def test_reading_may_end_the_module_early() -> None:
+    model = FAMILIES["llava"].model()
+    ledger = Ledger()
+    register_tap("sdpa", ledger)
+    config = model.get_decoder().config
+    config._attn_implementation_internal = tap_name("sdpa")
+    module = model.get_decoder().layers[1].self_attn
+    capture = Capture(torch.arange(4)[None], stop=True)
+    watch(module, capture)
+    hidden = torch.randn(1, 4, model.get_decoder().config.hidden_size, generator=torch.Generator().manual_seed(0))
+    try:
+        tables = model.get_decoder().rotary_emb(hidden, torch.arange(4)[None])
+        with pytest.raises(CaptureDone):
+            module(hidden_states=hidden, position_embeddings=tables, attention_mask=None)
+    finally:
+        unwatch(module)
+        config._attn_implementation_internal = "sdpa"
+        ledger.undo()
+    assert capture.view(0, None).length == 4
+    assert capture.query is not None
+    assert not capture.query.requires_grad
 
 
 def test_the_last_user_takes_the_tap_out() -> None:

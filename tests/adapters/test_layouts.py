@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 import mmfast
 from mmfast.adapters.base import square_or_unknown
@@ -18,6 +18,7 @@ from support.families import FAMILIES, Batch, Family
 from support.families.anyres import PINPOINTS, SIDE, TILE, LlavaOnevision
 from support.prompts import noise
 from support.reference import items_of
+from support.trials import listed
 
 
 def check_boxes(layout: Layout) -> None:
@@ -58,6 +59,7 @@ def test_layouts_are_those_of_the_processor(family: Family, case: Callable[[Fami
         assert found.col.tolist() == wanted.col.tolist()
         assert found.frame[patches].tolist() == wanted.frame[patches].tolist()
         assert found.tile[patches].tolist() == wanted.tile[patches].tolist()
+        assert (found.crop_grid, listed(found.crop)) == (wanted.crop_grid, listed(wanted.crop))
         # A newline belongs to the row it ends; the one after a whole image or video belongs to none.
         assert (found.row[~patches] < 0).tolist() == (wanted.row[~patches] < 0).tolist()
         if found.grid_known:
@@ -138,6 +140,63 @@ def test_shrinking_is_tested() -> None:
             )
         lengths[family.tiles] = len(output.pooler_output[0])
     assert lengths[1] < lengths[2] < lengths[3] < lengths[9] == SIDE**2 + 12 * 9
+
+
+@pytest.mark.parametrize("family", ANYRES + SHRUNK, ids=named)
+@pytest.mark.parametrize("size", SIZES, ids=named)
+def test_crops_are_those_the_tokens_were_cut_from(family: Family, size: tuple[int, int]) -> None:
+    """Tiles are encoded one by one, so other pixels in one of them change its own tokens only."""
+    model = family.model()
+    high, wide = get_anyres_image_grid_shape(size, model.config.image_grid_pinpoints, TILE)
+    pixels = noise(1, 1 + high * wide, 3, TILE, TILE, seed=0)
+    sizes = torch.tensor([size])
+    with mmfast.accelerate(model, "uniform()"), torch.no_grad():
+        output = model.model.get_image_features(pixels, image_sizes=sizes, return_dict=True)
+        (layout,) = output._mmfast_layouts
+    assert layout.crop_grid == (high, wide)
+    reached: list[set[int]] = [set() for _ in range(len(layout))]
+    for tile in range(1 + high * wide):
+        changed = pixels.clone()
+        changed[0, tile] = noise(3, TILE, TILE, seed=1)
+        with torch.no_grad():
+            after = model.model.get_image_features(changed, image_sizes=sizes, return_dict=True).pooler_output[0]
+        for token in (after != output.pooler_output[0]).any(dim=-1).nonzero().flatten().tolist():
+            reached[token].add(tile - 1)
+    for crop, tiles in zip(layout.crop.tolist(), reached, strict=True):
+        # A shrunk token between two crops belongs to one of them, a newline token to none.
+        assert crop in (tiles or {-1})
+    crops = sorted({crop for crop in layout.crop.tolist() if crop >= 0})
+    assert [layout.crop[part].unique().tolist() for part in layout.tiles()] == [[-1], *([crop] for crop in crops)]
+
+
+def test_a_shrunk_token_belongs_to_the_crop_of_its_centre() -> None:
+    """A token belongs to the crop in which its centre lies."""
+    family = Shrunk(2)
+    model = family.model()
+    with mmfast.accelerate(model, "uniform()"), torch.no_grad():
+        output = model.model.get_image_features(
+            noise(1, 7, 3, TILE, TILE, seed=0), image_sizes=torch.tensor([(24, 16)]), return_dict=True
+        )
+        (layout,) = output._mmfast_layouts
+    patches = (layout.tile == 1) & ~layout.is_newline
+    rows, cols = (int(axis[patches].max()) + 1 for axis in (layout.row, layout.col))
+    for crop in range(6):
+        mine = layout.crop == crop
+        down, across = divmod(crop, 2)
+        # The centre of a token in patches, from the size of the grid alone.
+        inside = ((layout.row + 0.5) * 12 / rows // 4 == down) & ((layout.col + 0.5) * 8 / cols // 4 == across)
+        assert mine.tolist() == (patches & inside).tolist()
+
+
+def test_a_single_tile_is_not_cut() -> None:
+    family = FAMILIES["llava_onevision"]
+    batch = family.batch([2, family.image(0, 1), 2, family.image(1, 2)])
+    with mmfast.accelerate(family.model(), "uniform()") as fast:
+        first_logits(family.model(), batch.inputs)
+        for record in fast.report().media:
+            assert record.layout.crop is None
+            assert record.layout.crop_grid == (0, 0)
+            assert len(record.layout.tiles()) == 1
 
 
 # ---------------------------------------------------------------------------------- small parts

@@ -14,7 +14,7 @@ from support.cases import CASES, case_id, mixed, one, two
 from support.checks import CLOSE, census, check_against_reference, first_logits
 from support.families import FAMILIES, Batch, Family
 from support.flash import FLASH, flash_on_cpu
-from support.probes import EVENTS, Detour, Probe, Window, compare
+from support.trials import EVENTS, Detour, Trial, Window, compare
 from support.reference import expected
 
 every_case = pytest.mark.parametrize(("family", "case"), CASES, ids=case_id)
@@ -37,12 +37,12 @@ def _flash() -> Iterator[None]:
         yield
 
 
-def check_probe(probe: Probe, batch: Batch, attention: str = "sdpa") -> None:
+def check_trial(trial: Trial, batch: Batch, attention: str = "sdpa") -> None:
     """Compare what comes out, and what the method was given row by row."""
-    check_against_reference(batch, [probe], attention)
+    check_against_reference(batch, [trial], attention)
     rows = [row for row in range(len(batch)) if batch.media[row]]
     steps = len(EVENTS)
-    pruned, reference = probe.log[: steps * len(rows)], probe.log[steps * len(rows) :]
+    pruned, reference = trial.log[: steps * len(rows)], trial.log[steps * len(rows) :]
     assert len(reference) == len(pruned)
     for number in range(len(rows)):
         for step in range(steps):
@@ -55,7 +55,7 @@ def check_probe(probe: Probe, batch: Batch, attention: str = "sdpa") -> None:
 def test_the_attention_asked_for_is_given(family: Family, asks: list[LayerRequest], attention: str) -> None:
     if attention == FLASH and family.window:
         return
-    check_probe(Probe(needs=frozenset({"attention"}), asks=tuple(asks)), mixed(family), attention)
+    check_trial(Trial(needs=frozenset({"attention"}), asks=tuple(asks)), mixed(family), attention)
 
 
 @every_family
@@ -63,13 +63,13 @@ def test_the_attention_asked_for_is_given(family: Family, asks: list[LayerReques
 def test_attention_without_padding(family: Family, case: Callable[[Family], Batch]) -> None:
     """Where no mask may be needed at all."""
     asks = (LayerRequest(0), LayerRequest(3, ahead=True, values=True), LayerRequest(3, rotary=False))
-    check_probe(Probe(needs=frozenset({"attention"}), asks=asks), case(family))
+    check_trial(Trial(needs=frozenset({"attention"}), asks=asks), case(family))
 
 
 @every_case
 @pytest.mark.parametrize("norm", ["final_norm", "layer_norm"])
 def test_states_and_places_are_given(family: Family, case: Callable[[Family], Batch], norm: str) -> None:
-    check_probe(Probe(needs=frozenset({"embeds", "activations", norm})), case(family))
+    check_trial(Trial(needs=frozenset({"embeds", "activations", norm})), case(family))
 
 
 @every_case
@@ -78,7 +78,7 @@ def test_states_and_places_are_given(family: Family, case: Callable[[Family], Ba
 def test_tokens_merge_between_layers(
     family: Family, case: Callable[[Family], Batch], adaptive: bool, scope: str
 ) -> None:
-    check_against_reference(case(family), [Probe(merge=True, adaptive=adaptive, scope=scope)])
+    check_against_reference(case(family), [Trial(merge=True, adaptive=adaptive, scope=scope)])
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.renumbers], ids=case_id)
@@ -86,13 +86,13 @@ def test_tokens_merge_between_layers(
     "asks", [REQUESTS["own layer ahead"], REQUESTS["across earlier drops"]], ids=["ahead", "before"]
 )
 def test_renumbered_positions(family: Family, asks: list[LayerRequest]) -> None:
-    probe = Probe(needs=frozenset({"attention"}), asks=tuple(asks), merge=True, positions="compact")
-    check_probe(probe, mixed(family))
+    trial = Trial(needs=frozenset({"attention"}), asks=tuple(asks), merge=True, positions="compact")
+    check_trial(trial, mixed(family))
 
 
 @every_family
 def test_after_a_cut_before_the_decoder(family: Family) -> None:
-    plan = [*mmfast.Plan.parse("pool2d(keep=0.7)").methods, Probe(merge=True, needs=frozenset({"embeds"}))]
+    plan = [*mmfast.Plan.parse("pool2d(keep=0.7)").methods, Trial(merge=True, needs=frozenset({"embeds"}))]
     check_against_reference(mixed(family), plan)
 
 
@@ -105,7 +105,7 @@ def test_caches_of_earlier_layers_are_truncated(
     """The prompt is read as without that; the tokens after it find less."""
     if positions == "compact" and not family.renumbers:
         return
-    check_against_reference(mixed(family), [Probe(cuts=cuts, positions=positions)])
+    check_against_reference(mixed(family), [Trial(cuts=cuts, positions=positions)])
 
 
 # ------------------------------------------------------------------------ around a layer
@@ -117,12 +117,14 @@ ROUTES = {
     "fade": {"faded": True},
     "states": {"replaced": True},
     "text": {"routes_text": True},
+    "asks": {"asks": True},
+    "decode": {"routes_decode": True},
 }
 WAYS = [
     (way, route)
     for way in ("skip", "freeze", "attention")
     for route in ROUTES
-    if (route != "states" or way == "freeze") and (route != "fade" or way == "skip")
+    if (route != "states" or way == "freeze") and (route not in ("fade", "decode") or way == "skip")
 ]
 
 
@@ -165,7 +167,7 @@ def test_all_layers_have_a_bypass(family: Family, way: str) -> None:
 
 
 METHODS = {
-    "merge": Probe(merge=True),
+    "merge": Trial(merge=True),
     **{way: Detour(bypass=way) for way in ("skip", "freeze", "attention")},
     "mask": Window(),
 }
@@ -202,6 +204,6 @@ def test_further_pairs_after_a_cut(family: Family) -> None:
 def test_without_images_nothing_changes(family: Family) -> None:
     model, batch = family.model(), family.batch([6], [9])
     wanted = first_logits(model, batch.inputs)
-    for method in (Window(), Detour(), Detour(bypass="freeze"), Probe(merge=True)):
+    for method in (Window(), Detour(), Detour(bypass="freeze"), Trial(merge=True)):
         with mmfast.accelerate(model, [method]):
             assert (first_logits(model, batch.inputs) == wanted).all()

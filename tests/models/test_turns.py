@@ -16,7 +16,7 @@ from mmfast.token_pruning.layers import LayerRequest
 from support.cases import case_id
 from support.checks import CLOSE, FAR, Generated, generate
 from support.families import FAMILIES, Batch, Family
-from support.probes import EVENTS, Detour, Probe, Window
+from support.trials import EVENTS, Detour, Trial, Window
 from support.prompts import IMAGE, VOCABULARY, Media, Piece, left_padded, text, tokens
 from support.reference import expected
 
@@ -29,10 +29,10 @@ PLAIN_TEXT = {"suppress_tokens": list(range(IMAGE, VOCABULARY))}
 
 INSIDE_PLANS = {
     "merge": [
-        Probe(merge=True, needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer - 1) for layer in EVENTS))
+        Trial(merge=True, needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer - 1) for layer in EVENTS))
     ],
-    "ahead": [Probe(needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer, ahead=True) for layer in EVENTS))],
-    "truncate": [Probe(cuts=((1, 0, 1), (3, 1, 3), (4, 3, 4)))],
+    "ahead": [Trial(needs=frozenset({"attention"}), asks=tuple(LayerRequest(layer, ahead=True) for layer in EVENTS))],
+    "truncate": [Trial(cuts=((1, 0, 1), (3, 1, 3), (4, 3, 4)))],
     "skip": [Detour()],
     "freeze": [Detour(bypass="freeze")],
     "attention": [Detour(bypass="attention")],

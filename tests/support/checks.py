@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfast
+from mmfast.token_pruning.base import Method
 from support.families import Batch
 from support.reference import expected
 
@@ -51,7 +53,9 @@ def first_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return logits
 
 
-def check_against_reference(batch: Batch, plan: str, attention: str = "sdpa", steps: int = STEPS) -> mmfast.Report:
+def check_against_reference(
+    batch: Batch, plan: str | Sequence[Method], attention: str = "sdpa", steps: int = STEPS, *, far: float = FAR
+) -> mmfast.Report:
     """Generate a batch under a plan and compare every logit, every count and every kept place of every row."""
     model = batch.family.model(attention)
     untouched = first_logits(model, batch.inputs)
@@ -60,17 +64,18 @@ def check_against_reference(batch: Batch, plan: str, attention: str = "sdpa", st
         report = fast.report()
     for row in range(len(batch)):
         wanted = expected(batch.alone(row), plan, done.tokens[row, :-1].tolist())
-        assert report.tokens_per_layer[row] == [len(alive) for alive in wanted.alive]
+        work = [(len(layer.attending), len(layer.shown), len(layer.fed)) for layer in wanted.work]
+        assert [(layer.attending, layer.shown, layer.fed) for layer in report.work[row]] == work
         records = [record for record in report.media if record.row == row]
         assert len(records) == len(wanted.items)
         for record, item in zip(records, wanted.items, strict=True):
             assert record.modality == item.modality
             assert record.tokens == len(item.slots)
-            for kept, alive in ((record.entered_indices, wanted.alive[0]), (record.left_indices, wanted.alive[-1])):
-                assert item.slots[kept].tolist() == alive[torch.isin(alive, item.slots)].tolist()
+            for kept, layer in ((record.entered_indices, wanted.work[0]), (record.left_indices, wanted.work[-1])):
+                assert item.slots[kept].tolist() == layer.alive[torch.isin(layer.alive, item.slots)].tolist()
         assert (done.logits[row] - wanted.logits).abs().max() < CLOSE
         if records:
-            assert (done.logits[row, 0] - untouched[row]).abs().max() > FAR
+            assert (done.logits[row, 0] - untouched[row]).abs().max() > far
     return report
 
 

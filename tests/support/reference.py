@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmfast.adapters import for_model
 from mmfast.plan import Plan
-from mmfast.token_pruning.base import BeforeLLM, LayerDropper, LayerEvent, LayerTokens
-from mmfast.tokens import Layout, VisualTokens
+from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
+from mmfast.tokens import Keep, Layout, VisualTokens
 from support.families import Batch
 from support.prompts import IMAGE, VIDEO, Media, ids_of
+from support.stack import Passage, Stack, Turn, Work, additive
+from support.tower import Tower
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,19 @@ class Expected:
     Attributes:
         logits: ``[T + 1, V]`` after the prompt and after each of the T given tokens.
         inner: ``[n, V]`` after each token of the prompt that entered the decoder.
-        alive: per layer, the places in the unpadded prompt that it reads.
+        work: per layer, the places in the unpadded prompt that it works on.
         items: the images and videos of the prompt.
     """
 
     logits: Tensor
     inner: Tensor
-    alive: list[Tensor]
+    work: list[Work]
     items: list[Item]
+
+    @property
+    def alive(self) -> list[Tensor]:
+        """Per layer, the places of the tokens that no layer has dropped so far."""
+        return [work.alive for work in self.work]
 
 
 class _Seen(Exception):
@@ -86,46 +96,50 @@ def decoder_inputs(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def expected(
-    batch: Batch, plan: str, given: Sequence[int] = (), turns: Sequence[tuple[int, int]] | None = None
+    batch: Batch,
+    plan: str | Sequence[Method],
+    given: Sequence[int] = (),
+    turns: Sequence[tuple[int, int]] | None = None,
 ) -> Expected:
     """Compute what one row must give under a plan.
 
     Args:
         batch: one row.
-        plan: text of the plan.
+        plan: the plan.
         given: tokens that follow the prompt.
         turns: begin and end of each call that brought images, where there were several; inside the
             language model each decides about its own.
     """
-    methods = Plan.parse(plan).methods
-    before = next((method for method in methods if isinstance(method, BeforeLLM)), None)
-    dropper = next((method for method in methods if isinstance(method, LayerDropper)), None)
-    run = _Run(batch, list(given))
-    if before is not None:
-        run.cut(before)
-    logits, alive = run.decode(dropper, turns or [(0, run.length)])
+    plan = Plan.of(plan)
+    run = _Run(batch, list(given), plan)
+    if run.before is not None:
+        run.cut(run.before)
+    logits, work = run.decode(turns or [(0, run.length)])
     prompt = len(run.slots)
-    return Expected(logits[prompt - 1 :], logits[:prompt], alive, run.items)
+    return Expected(logits[prompt - 1 :], logits[:prompt], work, run.items)
 
 
 class _Run:
     """One row on its way through the decoder."""
 
-    def __init__(self, batch: Batch, given: list[int]) -> None:
-        self.family = batch.family
+    def __init__(self, batch: Batch, given: list[int], plan: Plan) -> None:
+        self.batch, self.family, self.given = batch, batch.family, given
+        self.before, self.dropper, self.bypass, self.mask = (
+            next((method for method in plan.methods if isinstance(method, kind)), None)
+            for kind in (BeforeLLM, LayerDropper, LayerBypass, LayerMask)
+        )
         self.model = batch.family.model("eager")
         self.decoder = self.model.get_decoder()
         seen = decoder_inputs(self.model, batch.inputs)
         self.items = items_of(batch)
-        self.given = given
         self.embeds: Tensor = seen["inputs_embeds"][0]
-        length = self.embeds.shape[0]
-        self.slots = torch.arange(length)
+        self.length = self.embeds.shape[0]
+        self.slots = torch.arange(self.length)
         positions = seen.get("position_ids")
-        self.positions = torch.arange(length)[None] if positions is None else positions
+        self.positions = torch.arange(self.length)[None] if positions is None else positions
         mask = seen.get("attention_mask")
         masks = mask if isinstance(mask, dict) else {"full_attention": mask}
-        self.visible = {kind: _visible(value, length) for kind, value in masks.items()}
+        self.visible = {kind: _visible(value, self.length) for kind, value in masks.items()}
         self.by_kind = isinstance(mask, dict)
         config, window = self.decoder.config, self.family.window
         if window is None:
@@ -136,33 +150,60 @@ class _Run:
             near = self.slots > self.slots[:, None] - window
             self.visible.setdefault("sliding_attention", self.visible["full_attention"] & near)
         self.deepstack = seen.get("deepstack_visual_embeds")
-        self.visual = torch.zeros(length, dtype=torch.bool)
-        for item in self.items:
+        self.visual = torch.zeros(self.length, dtype=torch.bool)
+        # Newline tokens enter the decoder, but no layer drops them.
+        self.media = torch.full((self.length,), -1)
+        self.sizes = torch.ones(self.length)
+        for index, item in enumerate(self.items):
             self.visual[item.slots] = True
-        self.length = length
+            self.media[item.slots[~item.layout.is_newline]] = index
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower; it runs again only for methods that read it."""
+
+        def embed() -> Tensor:
+            return decoder_inputs(self.model, self.batch.inputs)["inputs_embeds"][0]
+
+        return Tower(self.model, embed, self.visual.nonzero().squeeze(-1).tolist())
+
+    def signals(self, method: Method | None) -> dict[str, Tensor]:
+        """Signals of the vision tower, ``[S, ...]`` each, zero where no visual token is."""
+        found = {}
+        requests = {} if method is None or not self.items else method.vision_signals()
+        for name, request in requests.items():
+            if request.kind == "cls_features":
+                continue
+            own = self.tower.signal(request)
+            rows = torch.zeros(self.length, *next(iter(own.values())).shape)
+            for slot, value in own.items():
+                rows[slot] = value
+            found[name] = rows
+        return found
 
     # ------------------------------------------------------------ before the decoder
 
     def cut(self, method: BeforeLLM) -> None:
         """Take tokens out of the sequence."""
         keep = torch.ones(self.length, dtype=torch.bool)
-        signals = {"text_embeds": self.embeds[~self.visual]} if "text_embeds" in method.needs else {}
         embeds = self.embeds.clone()
+        signals = self.signals(method)
         for index, item in enumerate(self.items):
-            decision = method(VisualTokens(self.embeds[item.slots], item.layout, index, signals))
+            decision = method(self._tokens(method, index, item, signals))
             if decision is None:
                 continue
             kept = item.slots[decision.indices]
             keep[item.slots] = False
             keep[kept] = True
-            if decision.features is not None:
-                for place, feature in zip(kept.tolist(), decision.features, strict=True):
-                    embeds[place] = embeds[place] if bool(feature.isnan().any()) else feature
-        if bool(keep.all()):
+            if decision.sizes is not None:
+                self.sizes[kept] = decision.sizes.float()
+            for place, feature in self._merged(kept.tolist(), decision).items():
+                embeds[place] = feature
+        if bool(keep.all()) and torch.equal(embeds, self.embeds):
             return
         first = self.positions[..., 0]
         self.embeds, self.positions = embeds[keep], self.positions[..., keep]
-        self.slots = self.slots[keep]
+        self.slots, self.media, self.sizes = self.slots[keep], self.media[keep], self.sizes[keep]
         if self.deepstack is not None:
             self.deepstack = [features[keep[self.visual]] for features in self.deepstack]
         self.visual = self.visual[keep]
@@ -170,28 +211,123 @@ class _Run:
         if method.positions == "compact" or (method.positions is None and self.family.renumbers):
             self.positions = first[..., None] + torch.arange(len(self.slots))
 
+    def _tokens(self, method: BeforeLLM, index: int, item: Item, signals: dict[str, Tensor]) -> VisualTokens:
+        own = {name: values[item.slots] for name, values in signals.items()}
+        if "text_embeds" in method.needs:
+            own["text_embeds"] = self.embeds[~self.visual]
+        for name, request in method.vision_signals().items():
+            if request.kind == "cls_features" and self.tower.has_class:
+                own[name] = self.tower.class_features(request, item.slots.tolist())
+        projectable = bool(method.vision_signals()) and self.projectable
+        return VisualTokens(self.embeds[item.slots], item.layout, index, own, projectable)
+
+    @cached_property
+    def projectable(self) -> bool:
+        """Whether the adapter promises to project merged features; then each token must come from one patch."""
+        promised = bool(for_model(self.model).projectable)
+        if promised and {len(patches) for patches in self.tower.patches.values()} - {0, 1}:
+            raise AssertionError(f"{self.family.name}: tokens made of several patches cannot be projected one by one")
+        return promised
+
+    def _merged(self, kept: list[int], decision: Keep) -> dict[int, Tensor]:
+        """Embeddings of the tokens that were merged; rows of NaN mark those that were not."""
+        if decision.features is None:
+            return {}
+        features = {
+            place: feature
+            for place, feature in zip(kept, decision.features, strict=True)
+            if not bool(feature.isnan().any())
+        }
+        return features if decision.space == "llm" else self.tower.project(features)
+
     # ------------------------------------------------------------- inside the decoder
 
-    def decode(self, dropper: LayerDropper | None, turns: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, turns: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Work]]:
         """Run the decoder over the prompt and the given tokens."""
+        passage = self._passage(turns)
+        arguments = self._arguments(passage)
+        done: list[Turn] | None = None
+        truncates = self.dropper is not None and bool(self.dropper.truncations(len(self.decoder.layers)))
+        for _ in range(1 + truncates):
+            # What the tokens after a prompt find in truncated caches is known only once all have decided.
+            own = [self._turn(*turn) for turn in turns]
+            stack = Stack(passage, self.dropper, self.bypass, own, done)
+            with stack:
+                hidden = self.decoder(**arguments).last_hidden_state[0]
+            done = own
+        return self.model.lm_head(hidden), stack.history
+
+    def _passage(self, turns: Sequence[tuple[int, int]]) -> Passage:
         extra = len(self.given)
-        embeds = self.embeds
-        positions = self.positions
+        embeds, positions = self.embeds, self.positions
         if extra:
             embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor(self.given))])
             positions = torch.cat([positions, self._following(extra)], dim=-1)
         visible = {kind: self._extended(mask, kind, extra) for kind, mask in self.visible.items()}
-        layers = _Layers(self, dropper, visible, positions, turns)
-        arguments: dict[str, Any] = {"inputs_embeds": embeds[None], "position_ids": positions, "use_cache": False}
-        ready = {kind: _additive(mask) for kind, mask in visible.items()}
+        if self.mask is not None:
+            for begin, end in turns:
+                self._unhide(visible, begin, end)
+        media = torch.cat([self.media, torch.full((extra,), -1)])
+        signals = {name: rows[self.slots] for name, rows in self.signals(self.dropper or self.bypass).items()}
+        return Passage(
+            self.decoder,
+            self.kinds,
+            visible,
+            positions,
+            embeds,
+            len(self.slots),
+            self.slots,
+            media,
+            signals,
+            self._bias(),
+        )
+
+    def _arguments(self, passage: Passage) -> dict[str, Any]:
+        arguments = {"inputs_embeds": passage.embeds[None], "position_ids": passage.positions, "use_cache": False}
+        ready = {kind: additive(mask, passage.bias) for kind, mask in passage.visible.items()}
         arguments["attention_mask"] = ready if self.by_kind else ready["full_attention"]
         if self.deepstack is not None:
             arguments["deepstack_visual_embeds"] = self.deepstack
-            none = torch.zeros(extra, dtype=torch.bool)
+            none = torch.zeros(len(self.given), dtype=torch.bool)
             arguments["visual_pos_masks"] = torch.cat([self.visual, none])[None]
-        with layers:
-            hidden = self.decoder(**arguments).last_hidden_state[0]
-        return self.model.lm_head(hidden), layers.history
+        return arguments
+
+    def _bias(self) -> Tensor:
+        """What calibration adds to the logits: the logarithm of ``s (2 - D(t))`` for a key of size s at distance t."""
+        extra = len(self.given)
+        slots = torch.cat([self.slots, self.length + torch.arange(extra)])
+        sizes = torch.cat([self.sizes, torch.ones(extra)])
+        if not getattr(self.before, "calibrate", False) or bool((sizes == 1).all()):
+            return torch.zeros(len(slots), len(slots))
+        angles = (slots[:, None] - slots).abs()[..., None] * self.decoder.rotary_emb.inv_freq.double()
+        return (sizes * (2 - angles.cos().mean(dim=-1))).log().float()
+
+    def _turn(self, begin: int, end: int) -> Turn:
+        """Find the tokens of one call, and what of its images and videos entered."""
+        places = ((self.slots >= begin) & (self.slots < end)).nonzero().squeeze(-1)
+        layouts, totals = [], []
+        for index, item in enumerate(self.items):
+            own = self.slots[places[self.media[places] == index]]
+            if begin <= int(item.slots[0]) < end:
+                layouts.append(item.layout.take(torch.isin(item.slots, own)))
+                totals.append(len(own))
+        return Turn(places, tuple(layouts), tuple(totals))
+
+    def _unhide(self, visible: dict[str, Tensor], begin: int, end: int) -> None:
+        """Let the tokens of one call see what a method wants them to see."""
+        own = self.slots[(self.slots >= begin) & (self.slots < end)]
+        media = [item.slots for item in self.items if begin <= int(item.slots[0]) < end]
+        if not media:
+            return
+        text = own[~torch.isin(own, torch.cat(media))]
+        for rows, columns in self.mask.visible(media, text):
+            seeing = torch.isin(self.slots, rows).nonzero().squeeze(-1)
+            seen = torch.isin(self.slots, columns).nonzero().squeeze(-1)
+            for kind, mask in visible.items():
+                # A sliding window ends where it ends, whoever looks.
+                reach = self.family.window if kind == "sliding_attention" else self.length
+                near = self.slots[seen] > self.slots[seeing, None] - reach
+                mask[seeing[:, None], seen] |= near
 
     def _following(self, count: int) -> Tensor:
         """Positions of the tokens after the prompt: one after the other from the largest."""
@@ -213,120 +349,8 @@ class _Run:
         return bigger
 
 
-class _Layers:
-    """Hooks of the reference: another mask per layer, and the decisions of a dropper."""
-
-    def __init__(
-        self,
-        run: _Run,
-        dropper: LayerDropper | None,
-        visible: dict[str, Tensor],
-        positions: Tensor,
-        turns: Sequence[tuple[int, int]],
-    ) -> None:
-        self.run, self.dropper, self.visible, self.positions = run, dropper, visible, positions
-        self.layers = run.decoder.layers
-        self.alive = torch.ones(len(run.slots) + len(run.given), dtype=torch.bool)
-        events = [] if dropper is None else dropper.events(len(self.layers))
-        self.events = {event.layer: event for event in events}
-        # Places of each turn in the sequence that entered the decoder.
-        self.turns = [((run.slots >= begin) & (run.slots < end)).nonzero().squeeze(-1) for begin, end in turns]
-        self.weights: dict[int, Tensor] = {}
-        self.history: list[Tensor] = []
-        self.renumbered = False
-        # Newline tokens enter, but no layer drops them.
-        self.media = torch.full((len(self.alive),), -1)
-        for index, item in enumerate(run.items):
-            self.media[: len(run.slots)][torch.isin(run.slots, item.slots[~item.layout.is_newline])] = index
-
-    def __enter__(self) -> None:
-        self.handles = []
-        for index, layer in enumerate(self.layers):
-            self.handles.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
-            self.handles.append(layer.self_attn.register_forward_hook(self._read(index)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _read(self, index: int) -> Any:
-        def after(module: Any, args: Any, output: Any) -> None:
-            self.weights[index] = output[1][0]
-
-        return after
-
-    def _before(self, index: int) -> Any:
-        def before(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            event = self.events.get(index)
-            if event is not None:
-                first = self.positions[0, self.alive.nonzero()[0, 0]]
-                for turn in self.turns:
-                    # What earlier turns dropped here is no longer in this layer's cache.
-                    weights = self._weights(event, layer, hidden, kwargs)
-                    self.alive[self._dropped(turn, event, hidden, weights)] = False
-                if self.dropper.positions == "compact":
-                    self.renumbered = True
-                    self.positions = (first + self.alive.long().cumsum(0) - 1)[None]
-            self.history.append(self.run.slots[self.alive[: len(self.run.slots)]])
-            return args, self._arguments(index, hidden, kwargs)
-
-        return before
-
-    def _arguments(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        new = {**kwargs, "attention_mask": _additive(self.visible[self.run.kinds[index]] & self.alive)}
-        if self.renumbered:
-            new["position_embeddings"] = self.run.decoder.rotary_emb(hidden, self.positions)
-        return new
-
-    def _weights(self, event: LayerEvent, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """Attention ``[H, n, n]`` of the layer that the dropper wants to read."""
-        request = self.dropper.rows(event)
-        if request is None:
-            return None
-        if not request.ahead:
-            return self.weights[request.layer]
-        arguments = self._arguments(event.layer, hidden, kwargs)
-        arguments["hidden_states"] = layer.input_layernorm(hidden)
-        return layer.self_attn(**arguments)[1][0]
-
-    def _dropped(self, turn: Tensor, event: LayerEvent, hidden: Tensor, weights: Tensor | None) -> Tensor:
-        """Places that one turn drops at an event."""
-        alive = turn[self.alive[turn]]
-        media = self.media[turn]
-        present = media[media >= 0].unique()
-        if not len(present):
-            return turn[:0]
-        candidates = (self.media[alive] >= 0).nonzero().squeeze(-1)
-        number = torch.full_like(self.media, -1)
-        number[turn[media >= 0]] = torch.arange(int((media >= 0).sum()))
-        totals = tuple(int((media == item).sum()) for item in present)
-        chosen = self.dropper(
-            LayerTokens(
-                hidden=hidden[0, alive],
-                candidates=candidates,
-                origin=number[alive[candidates]],
-                media=self.media[alive[candidates]] - present[0],
-                total=sum(totals),
-                media_totals=totals,
-                attention_rows=None if weights is None else weights[:, turn[-1]][:, alive],
-            ),
-            event,
-        )
-        if chosen is None:
-            return turn[:0]
-        stays = torch.zeros(len(alive), dtype=torch.bool)
-        stays[chosen] = True
-        stays[self.media[alive] < 0] = True
-        return alive[~stays]
-
-
 def _visible(mask: Tensor | None, length: int) -> Tensor:
     """Read a mask as ``[S, S]`` bool; one that is missing or two-dimensional is causal."""
     if mask is None or mask.ndim == 2:
         return torch.ones(length, length, dtype=torch.bool).tril()
     return mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
-
-
-def _additive(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]

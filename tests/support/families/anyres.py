@@ -24,11 +24,16 @@ IMAGES = (((8, 16), 3, 4, 8), ((12, 8), 3, 6, 4))
 
 
 def anyres_layout(rows: int, cols: int) -> Layout:
-    """The whole image, then rows of the crops with a newline after each; written out by hand."""
+    """The whole image, then rows of the crops with a newline after each; written out by hand.
+
+    What is missing of the grid of crops is padding, as much above as below and as much left as right.
+    """
     whole = Layout.grid(SIDE, SIDE)
     row = torch.arange(rows).repeat_interleave(cols + 1)
     col = torch.cat([torch.arange(cols), torch.tensor([-1])]).repeat(rows)
     count = rows * (cols + 1)
+    high, wide = -(-rows // SIDE), -(-cols // SIDE)
+    crop = (row + (high * SIDE - rows) // 2) // SIDE * wide + (col + (wide * SIDE - cols) // 2) // SIDE
     return Layout(
         "image",
         torch.zeros(SIDE * SIDE + count, dtype=torch.int64),
@@ -36,6 +41,8 @@ def anyres_layout(rows: int, cols: int) -> Layout:
         torch.cat([whole.row, row]),
         torch.cat([whole.col, col]),
         torch.cat([whole.is_newline, col == -1]),
+        crop=torch.cat([torch.full_like(whole.tile, -1), crop.masked_fill(col == -1, -1)]),
+        crop_grid=(high, wide),
     )
 
 
