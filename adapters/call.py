@@ -197,8 +197,8 @@ def announcement(inner: Inner, index: int) -> Announcement:
     """Announce to one cache layer the tokens that enter its decoder layer."""
     if index in inner.routed:
         level = inner.routed[index]
-        # No other layer reads the same tokens: its books are its own.
-        return Announcement(inner.length, level.real, level.slots, -1 - index)
+        # No other layer reads the same tokens: its books are its own. (The hashes of -1 and -2 are equal.)
+        return Announcement(inner.length, level.real, level.slots, -2 - index)
     start = max(begin for begin in inner.levels if begin <= index)
     level = inner.levels[start]
     sizes = None if inner.sizes is None else inner.sizes.gather(1, level.slots.to(inner.sizes.device))

@@ -96,12 +96,15 @@ class LayerRunner:
         """Cut the caches of layers before an event down to its survivors, where the method wants that."""
         if self.dropper is None or inner.cache is None or not inner.events:
             return
-        for event_layer, first, last in self.dropper.truncations(self.adapter.shape.layers):
+        done: set[int] = set()
+        # Survivors of a later event are survivors of an earlier one: the latest cut says it all.
+        for event_layer, first, last in sorted(self.dropper.truncations(self.adapter.shape.layers), reverse=True):
             survivors = inner.level_at(event_layer)
             for index in range(first, last):
                 before = inner.level_at(index)
-                if before is survivors:
+                if before is survivors or index in done:
                     continue
+                done.add(index)
                 layer = inner.cache.layers[index]
                 keep = torch.ones(before.slots.shape[0], layer.stored, dtype=torch.bool)
                 for row, slots in enumerate(survivors.slots.cpu()):

@@ -143,7 +143,7 @@ def solve_average(keep: float, profile: Sequence[float], layers: Sequence[int], 
         >>> solve_average(0.46875, [0.5, 0.25, 0.125], [8, 16, 24], 32)
         [0.5, 0.25, 0.125]
     """
-    low, high = 0.0, 64.0
+    low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
         scaled = [fraction**middle for fraction in profile]

@@ -65,6 +65,7 @@ class LayerTokens:
         total: number of droppable visual tokens that entered the language model.
         media_totals: the same per image or video.
         last: position in ``hidden`` of the last prompt token; None = the last of ``hidden``.
+        places: ``[n]`` int64, place of each token in the prompt before anything was dropped; None = as they stand.
         layouts: per image or video, where the tokens that entered lie (index it with ``origin`` less
             the totals of the images before); empty where not known.
         attention: attention of the layer asked for in ``request``; else None.
@@ -84,6 +85,7 @@ class LayerTokens:
     total: int
     media_totals: tuple[int, ...]
     last: int | None = None
+    places: Tensor | None = None
     layouts: tuple[Layout, ...] = ()
     attention: AttentionView | None = None
     embeds: Tensor | None = None

@@ -169,9 +169,10 @@ def test_crops_are_those_the_tokens_were_cut_from(family: Family, size: tuple[in
     assert [layout.crop[part].unique().tolist() for part in layout.tiles()] == [[-1], *([crop] for crop in crops)]
 
 
-def test_a_shrunk_token_belongs_to_the_crop_of_its_centre() -> None:
+@pytest.mark.parametrize("tiles", [1, 2, 3, 9])
+def test_a_shrunk_token_belongs_to_the_crop_of_its_centre(tiles: int) -> None:
     """A token belongs to the crop in which its centre lies."""
-    family = Shrunk(2)
+    family = Shrunk(tiles)
     model = family.model()
     with mmfast.accelerate(model, "uniform()"), torch.no_grad():
         output = model.model.get_image_features(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast
+from mmfast.adapters.attention import _captures
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import VisionSignal
 from support.cases import case_id, mixed, two, video
@@ -114,11 +115,11 @@ def test_features_of_the_class_token_come_tile_by_tile(family: Family, case: Cal
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_batch_gives_what_its_rows_give(family: Family, attention: str) -> None:
-    signals = wanted(**signals_of(family, "features"))
+    signals, model = wanted(**signals_of(family, "features")), family.model(attention)
     for case in (mixed, video) if family.has_video else (mixed,):
         batch = case(family)
-        together = probe(batch, signals, attention)
-        alone = [tokens for row in range(len(batch)) for tokens in probe(batch.alone(row), signals, attention)]
+        together = probe(batch, signals, model)
+        alone = [tokens for row in range(len(batch)) for tokens in probe(batch.alone(row), signals, model)]
         assert len(together) == len(alone) > 1
         for first, second in zip(together, alone, strict=True):
             for name, _ in signals:
@@ -143,7 +144,7 @@ def test_no_image_leaks_into_another(family: Family) -> None:
 def test_half_precision(family: Family) -> None:
     signals = signals_of(family, 0)
     exact = probe(two(family), wanted(**signals))
-    rounded = probe(two(family), wanted(**signals), dtype=torch.bfloat16)
+    rounded = probe(two(family), wanted(**signals), family.model(dtype=torch.bfloat16))
     for first, second in zip(exact, rounded, strict=True):
         for name, spec in signals.items():
             value, reference = second.signals[name], first.signals[name]
@@ -247,7 +248,8 @@ def test_nothing_is_left_behind(family: Family, fails: bool) -> None:
     signals = wanted(**signals_of(family, "features", 0))
 
     def tower() -> Any:
-        return [census(block) for block in blocks], registries()
+        watched = [module for block in blocks for module in block.modules() if module in _captures]
+        return [census(block) for block in blocks], watched, registries()
 
     def interrupt(module: nn.Module, args: Any, output: Any) -> None:
         assert tower() != untouched
@@ -255,11 +257,11 @@ def test_nothing_is_left_behind(family: Family, fails: bool) -> None:
 
     pristine = census(model), registries()
     untouched = tower()
+    assert untouched[1] == []
     with torch.no_grad():
         before = model(**batch.inputs).logits
         with mmfast.accelerate(model, Plan((Probe(keep=0.5, signals=signals),))):
-            armed = tower()
-            assert armed == untouched
+            assert tower() == untouched
             if fails:
                 handle = blocks[0].mlp.register_forward_hook(interrupt) if hasattr(blocks[0], "mlp") else None
                 handle = handle or blocks[0].feed_forward.register_forward_hook(interrupt)

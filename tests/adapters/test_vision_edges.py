@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -409,6 +411,21 @@ def test_copies_of_features_do_not_copy_the_model() -> None:
     copied = copy.deepcopy(described)
     assert copied.projections[0][RECEIVED] is reader._project
     assert len(copied) == len(copied.signals) == 1
+
+
+def test_signals_are_let_go_after_the_prompt() -> None:
+    family = FAMILIES["llava"]
+    signals = wanted(keys=VisionSignal("keys", 0, "join"), patches=VisionSignal("patch_features"))
+    batch = family.batch([2, family.image(), 3])
+    Probe.seen.clear()
+    with mmfast.accelerate(family.model(), Plan((Probe(keep=3, signals=signals),))) as fast, torch.no_grad():
+        family.model()(**batch.inputs)
+        held = [weakref.ref(value) for tokens in Probe.seen for value in tokens.signals.values()]
+        Probe.seen.clear()
+        gc.collect()
+        assert len(held) == 2
+        assert [reference() for reference in held] == [None, None]
+        assert fast.report().media
 
 
 def test_two_methods_may_use_one_name() -> None:

@@ -41,7 +41,16 @@ INSIDE_PLANS = {
 """Everything else that methods inside the language model may do."""
 
 every_plan = pytest.mark.parametrize("plan", PLANS)
-every_kind_of_plan = pytest.mark.parametrize("plan", [*PLANS, *INSIDE_PLANS.values()], ids=[*PLANS, *INSIDE_PLANS])
+every_family_and_kind_of_plan = pytest.mark.parametrize(
+    ("family", "plan"),
+    [(family, plan) for family in FAMILIES.values() for plan in PLANS]
+    + [
+        pytest.param(FAMILIES[name], plan, id=f"{name}-{kind}")
+        for name in ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3")
+        for kind, plan in INSIDE_PLANS.items()
+    ],
+    ids=case_id,
+)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 
 
@@ -79,8 +88,7 @@ def largest_error(done: Generated, batch: Batch, plan: PlanLike, turns: Any = No
     return worst
 
 
-@every_family
-@every_kind_of_plan
+@every_family_and_kind_of_plan
 def test_a_second_question(family: Family, plan: PlanLike) -> None:
     model, first = family.model(), first_turn(family)
 
@@ -122,8 +130,7 @@ def encoded_ahead(model: Any, batch: Batch, inputs: dict[str, Tensor]) -> dict[s
     return {**inputs, "image_grid_thw": grids, "mm_encoder_outputs": {"image": features}}
 
 
-@every_family
-@every_kind_of_plan
+@every_family_and_kind_of_plan
 def test_a_second_image(family: Family, plan: PlanLike) -> None:
     model, first = family.model(), first_turn(family)
     more = [[2, family.image(family.sizes - 1, 3), 3], [2, family.image(family.sizes - 1, 4), 3]]
@@ -151,8 +158,7 @@ def test_a_second_image(family: Family, plan: PlanLike) -> None:
     assert run(plan) < CLOSE
 
 
-@every_family
-@every_kind_of_plan
+@every_family_and_kind_of_plan
 def test_an_image_after_a_text_turn(family: Family, plan: PlanLike) -> None:
     """The cache was filled before anything was dropped, with padding among its tokens."""
     model = family.model()

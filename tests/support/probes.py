@@ -82,12 +82,12 @@ class InnerProbe(DropOnce, LayerScorer):
         return -torch.arange(len(tokens.candidates), dtype=torch.float32)
 
 
-def probe(batch: Batch, signals: Wanted, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Return what a method before the language model gets, one VisualTokens per image or video."""
-    model = batch.family.model(attention, dtype)
+def probe(batch: Batch, signals: Wanted, model: Any = None) -> list[VisualTokens]:
+    """Return what a method before the language model gets, for each image or video."""
+    model = batch.family.model() if model is None else model
     Probe.seen.clear()
     with mmfast.accelerate(model, Plan((Probe(keep=1, signals=signals),))), torch.no_grad():
-        model(**cast(batch.inputs, dtype))
+        model(**cast(batch.inputs, model.dtype))
     found = list(Probe.seen)
     Probe.seen.clear()
     return found

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.adapters import for_model
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -218,16 +217,10 @@ class _Run:
         for name, request in method.vision_signals().items():
             if request.kind == "cls_features" and self.tower.has_class:
                 own[name] = self.tower.class_features(request, item.slots.tolist())
-        projectable = bool(method.vision_signals()) and self.projectable
+        patches = method.vision_signals().get("patch_features")
+        read = patches is not None and self.tower.layer_of(patches) == self.tower.features
+        projectable = read and self.tower.projectable(item.slots.tolist())
         return VisualTokens(self.embeds[item.slots], item.layout, index, own, projectable)
-
-    @cached_property
-    def projectable(self) -> bool:
-        """Whether the adapter promises to project merged features; then each token must come from one patch."""
-        promised = bool(for_model(self.model).projectable)
-        if promised and {len(patches) for patches in self.tower.patches.values()} - {0, 1}:
-            raise AssertionError(f"{self.family.name}: tokens made of several patches cannot be projected one by one")
-        return promised
 
     def _merged(self, kept: list[int], decision: Keep) -> dict[int, Tensor]:
         """Embeddings of the tokens that were merged; rows of NaN mark those that were not."""

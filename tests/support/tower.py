@@ -27,9 +27,11 @@ class Tower:
 
     Attributes:
         patches: per slot, the rows of the tower's output that went into it.
-        features: the block whose output the model uses.
+        features: the block whose output the model uses, the last one if it joins several.
+        joins: whether it joins several.
     """
 
+    @torch.enable_grad()
     def __init__(self, model: nn.Module, embed: Any, slots: Sequence[int]) -> None:
         self.embed = embed
         self.towers = towers_of(model)
@@ -39,16 +41,17 @@ class Tower:
         self.recording = Recording(*self.attention.values())
         handles = [block.register_forward_hook(self._cut, prepend=True) for block in self.attention]
         try:
-            with self.recording, torch.enable_grad():
+            with self.recording:
                 embeds = embed()
         finally:
             for handle in handles:
                 handle.remove()
         self.depth = len(self.towers[0])
-        self.features = next(
-            layer for layer in reversed(range(self.depth)) if _reached(embeds[slots], self._leaves(layer))
-        )
+        reached = [layer for layer in range(self.depth) if _reached(embeds[slots], self._leaves(layer))]
+        self.features = reached[-1]
+        self.joins = len(reached) > 1
         self.patches = {slot: self._origin(embeds[slot]) for slot in slots}
+        self.embeds = embeds.detach()
 
     def _cut(self, block: nn.Module, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
@@ -82,25 +85,35 @@ class Tower:
 
     def class_features(self, request: VisionSignal, slots: Sequence[int]) -> Tensor:
         """Return the class token of every tile that went into some slots."""
-        layer = self._layer(request)
+        layer = self.layer_of(request)
         rows = torch.cat([leaf.detach().flatten(0, -2) for leaf in self._leaves(layer)])
         size = self._leaves(layer)[0].shape[-2]
         tiles = torch.cat([self.patches[slot] for slot in slots]).div(size, rounding_mode="floor").unique()
         return rows[tiles * size]
 
-    def _layer(self, request: VisionSignal) -> int:
+    def layer_of(self, request: VisionSignal) -> int:
+        """Return the block that a signal names."""
         if request.layer == "features":
             return self.features
         if request.layer == "last":
             return self.depth - 1
-        return request.layer if isinstance(request.layer, int) else round(request.layer * self.depth)
+        if isinstance(request.layer, int):
+            return request.layer
+        return min(self.depth - 1, round(request.layer * self.depth))
+
+    def _runs(self, layer: int) -> list[Attended]:
+        return [run for tower in self.towers for run in self.recording.runs.get(self.attention[tower[layer]], [])]
 
     def _rows(self, request: VisionSignal) -> Tensor:
-        layer = self._layer(request)
+        layer = self.layer_of(request)
         if request.kind == "patch_features":
             return torch.cat([leaf.detach().flatten(0, -2) for leaf in self._leaves(layer)])
-        runs = [run for tower in self.towers for run in self.recording.runs.get(self.attention[tower[layer]], [])]
-        return torch.cat([self._one(run, request) for run in runs]).detach()
+        if request.kind not in ("keys", "queries"):
+            # A block that attends in windows, in more runs than others, cannot rank patches of several windows.
+            number = [len(self._runs(other)) for other in range(self.depth)]
+            whole = [other for other in range(self.depth) if number[other] == min(number)]
+            layer = max((other for other in whole if other <= layer), default=whole[0])
+        return torch.cat([self._one(run, request) for run in self._runs(layer)]).detach()
 
     def _one(self, run: Attended, request: VisionSignal) -> Tensor:
         if request.kind in ("keys", "queries"):
@@ -108,7 +121,11 @@ class Tower:
             if request.heads == "join":
                 return rearrange(states, "h n d -> n (h d)")
             return states.mean(dim=0) if request.heads == "mean" else states.sum(dim=0)
-        logits = run.query.float() @ run.key.float().transpose(-1, -2) * run.scaling
+        query, key, scaling = run.query.float(), run.key.float(), run.scaling
+        if request.heads == "join":
+            query, key = (rearrange(states, "h n d -> 1 n (h d)") for states in (query, key))
+            scaling = query.shape[-1] ** -0.5
+        logits = query @ key.transpose(-1, -2) * scaling
         weights = (logits if run.mask is None else logits + run.mask).softmax(dim=-1)
         if self.has_class and request.kind != "received_attention":
             per_head = weights[:, 0] if request.kind == "cls_attention" else logits[:, 0]
@@ -116,9 +133,22 @@ class Tower:
             # Several images may lie in one run; each token is looked at by those of its own.
             lookers = (weights > 0).any(dim=0).sum(dim=0)
             per_head = weights.sum(dim=1) / lookers
-        return per_head.sum(dim=0) if request.heads == "sum" else per_head.mean(dim=0)
+        found = per_head.sum(dim=0) if request.heads == "sum" else per_head.mean(dim=0)
+        if self.has_class:
+            # Where the class token is a visual token itself, it gets the mean of its tile.
+            found[0] = found[1:].mean()
+        return found
 
     # ------------------------------------------------------------------------ projecting
+
+    def projectable(self, slots: Sequence[int]) -> bool:
+        """Say whether the embeddings of some slots follow from the mean of their patches, one by one."""
+        if self.joins:
+            return False
+        rows = self.signal(VisionSignal("patch_features"))
+        own = {slot: rows[slot] for slot in slots if len(self.patches[slot])}
+        found = self.project(own)
+        return all(bool((found[slot] - self.embeds[slot]).abs().max() < 1e-4) for slot in own)
 
     def project(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Run the rest of the vision side with other features at some slots; return their embeddings."""

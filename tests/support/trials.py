@@ -40,7 +40,7 @@ class Trial(LayerDropper):
         merge: let survivors take over something, but not every one of them.
         adaptive: leave the counts to the method.
         cuts: as :meth:`truncations` returns it.
-        log: what was given, in order.
+        log: takes down what was given, if there is one.
     """
 
     name: ClassVar[str] = "trial"
@@ -52,7 +52,7 @@ class Trial(LayerDropper):
     merge: bool = False
     adaptive: bool = False
     cuts: tuple[tuple[int, int, int], ...] = ()
-    log: list[Given] = field(default_factory=list, compare=False)
+    log: list[Given] | None = field(default=None, compare=False)
 
     def vision_signals(self) -> Mapping[str, VisionSignal]:
         return dict(self.signals)
@@ -93,7 +93,8 @@ class Trial(LayerDropper):
             rows = torch.arange(view.length) if request.queries == "all" else torch.tensor([tokens.last_token])
             attention = view.rows(rows)
             values = view.value if request.values or not (request.ahead or not request.rotary) else None
-        self.log.append((event.layer, tokens, attention, values))
+        if self.log is not None:
+            self.log.append((event.layer, tokens, attention, values))
 
 
 @dataclass(frozen=True)

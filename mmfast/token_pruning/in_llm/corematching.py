@@ -24,21 +24,21 @@ class CoreMatching(DropOnce):
     With ``keep=None`` those tokens stay whose number of shared neurons lies above the elbow of the sorted curve.
     What the paper does to the neurons themselves while decoding is not done here.
 
-    The rules differ in what counts as active and as core. The paper takes the strongest ``active`` share of a
-    token's positive activations, and as core the ``core`` share of neurons that are active in most tokens of the
-    prompt. The released code takes every positive activation, and as core those of one token counted from the end
-    of the prompt, which is the end of the question in one chat template only. ``rule="paper"`` is the default,
-    because it depends on no template, and because with today's activation functions about half of all neurons
-    are positive in any token.
+    The rules differ in what counts as active and as core. The released code takes every positive activation, and
+    as core those of one token, counted from the end of the prompt: with the template of LLaVA-1.5 the last one of
+    the question. The paper takes the strongest ``active`` share of a token's positive activations, and as core the
+    ``core`` share of neurons that are active in most tokens of the prompt. ``rule="sign"``, that of the code, is the
+    default: most tokens of a prompt are visual, so the core of the paper describes the picture rather than the
+    question, and on the embedded model it loses clearly more.
 
     Paper: "CoreMatching: A Co-adaptive Sparse Inference Framework with Token and Neuron Pruning for
     Comprehensive Acceleration of Vision-Language Models", ICML 2025.
 
     Attributes:
-        rule: ``"paper"``, or ``"sign"`` for the rule of the released code.
+        rule: ``"sign"``, the rule of the released code, or ``"paper"``.
+        query_offset: token that forms the core (``"sign"``); -1 = the last token of the prompt.
         active: share of a token's positive activations that count (``"paper"``).
         core: share of the neurons that form the core (``"paper"``).
-        query_offset: token that forms the core (``"sign"``); -1 = the last token of the prompt.
     """
 
     needs = frozenset({"activations"})
@@ -46,14 +46,14 @@ class CoreMatching(DropOnce):
 
     keep: int | float | None = None
     layer: int | float = 3
-    rule: Literal["paper", "sign"] = "paper"
+    rule: Literal["sign", "paper"] = "sign"
+    query_offset: int = -5
     active: float = 0.2
     core: float = 0.4
-    query_offset: int = -5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("rule", self.rule, ["paper", "sign"])
+        check_choice("rule", self.rule, ["sign", "paper"])
         for field in ("active", "core"):
             if not 0.0 < getattr(self, field) <= 1.0:
                 raise ValueError(f"{field}={getattr(self, field)} must lie in (0, 1]")
