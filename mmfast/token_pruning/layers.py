@@ -350,7 +350,8 @@ class Schedule(LayerDropper):
     Steps that fall on the same layer of a shallow model become one.
 
     Attributes:
-        keep: visual tokens a layer reads on average; int = count per image, float = fraction.
+        keep: visual tokens a layer reads on average; int = count per image, float = fraction, None = take
+            ``fractions`` as they stand.
         layers: layers whose input is shortened, as indices (int) or relative depths (float).
         fractions: what is left after each step at the published setting; another ``keep`` scales all
             steps alike (on a logarithmic scale).
@@ -360,12 +361,9 @@ class Schedule(LayerDropper):
     layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
     fractions: tuple[float, ...] = (0.5, 0.25, 0.125)
 
-    adaptive: ClassVar[bool] = False
-    """Whether ``keep=None`` is allowed and means the method's own, data-dependent count."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None or not self.adaptive:
+        if self.keep is not None:
             check_keep(self.keep)
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "fractions", tuple(self.fractions))

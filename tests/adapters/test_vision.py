@@ -13,7 +13,7 @@ import mmfast
 from mmfast.adapters.attention import _captures
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import VisionSignal
-from support.cases import case_id, mixed, two, video
+from support.cases import VIDEO_CASES, case_id, mixed, two
 from support.checks import census, registries
 from support.encoder import ATTENTION, blocks_of, encoder
 from support.families import FAMILIES, Batch, Family
@@ -45,13 +45,14 @@ def anyres(family: Family) -> Batch:
 
 IMAGES = [(family, case) for family in FAMILIES.values() for case in (anyres, two)]
 MEDIA = IMAGES + [(family, only_video) for family in FAMILIES.values() if family.has_video]
+MIXED = [(family, mixed) for family in FAMILIES.values()] + VIDEO_CASES
 
 
 def modality_of(case: Callable[[Family], Batch]) -> str:
     return "video" if case is only_video else "image"
 
 
-def signals_of(family: Family, *layers: Any) -> dict[str, VisionSignal]:
+def signals_of(*layers: Any) -> dict[str, VisionSignal]:
     """Every kind of signal, of some blocks, with every way to treat the heads."""
     found = {}
     for layer in layers:
@@ -78,7 +79,7 @@ def feature_block(family: Family) -> int:
 def test_signals_are_those_of_the_encoder(family: Family, case: Callable[[Family], Batch]) -> None:
     batch, modality = case(family), modality_of(case)
     last = len(blocks_of(family.model(), modality)) - 1
-    signals = signals_of(family, "features", "last", 1)
+    signals = signals_of("features", "last", 1)
     seen = probe(batch, wanted(**signals))
     reference = encoder(batch, modality)
     assert reference.cls == (family.name in WITH_CLASS)
@@ -95,13 +96,8 @@ def test_signals_are_those_of_the_encoder(family: Family, case: Callable[[Family
         assert all(not tokens.signals[name][newline].any() for name in signals)
 
 
-@pytest.mark.parametrize("family", [FAMILIES[name] for name in sorted(WITH_CLASS)], ids=case_id)
-@pytest.mark.parametrize("case", [anyres, two, only_video])
+@pytest.mark.parametrize(("family", "case"), [pair for pair in MEDIA if pair[0].name in WITH_CLASS], ids=case_id)
 def test_features_of_the_class_token_come_tile_by_tile(family: Family, case: Callable[[Family], Batch]) -> None:
-    if case is only_video and not family.has_video:
-        with pytest.raises(NotImplementedError):
-            family.video()
-        return
     batch, modality = case(family), modality_of(case)
     seen = probe(batch, wanted(cls_features=VisionSignal("cls_features", 1)))
     reference = encoder(batch, modality)
@@ -112,18 +108,16 @@ def test_features_of_the_class_token_come_tile_by_tile(family: Family, case: Cal
         assert len(tokens.signals["cls_features"]) == len(tokens.layout.tiles())
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
+@pytest.mark.parametrize(("family", "case"), MIXED, ids=case_id)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_batch_gives_what_its_rows_give(family: Family, attention: str) -> None:
-    signals, model = wanted(**signals_of(family, "features")), family.model(attention)
-    for case in (mixed, video) if family.has_video else (mixed,):
-        batch = case(family)
-        together = probe(batch, signals, model)
-        alone = [tokens for row in range(len(batch)) for tokens in probe(batch.alone(row), signals, model)]
-        assert len(together) == len(alone) > 1
-        for first, second in zip(together, alone, strict=True):
-            for name, _ in signals:
-                assert torch.allclose(first.signals[name], second.signals[name], atol=CLOSE, rtol=1e-4), name
+def test_a_batch_gives_what_its_rows_give(family: Family, case: Callable[[Family], Batch], attention: str) -> None:
+    signals, model, batch = wanted(**signals_of("features")), family.model(attention), case(family)
+    together = probe(batch, signals, model)
+    alone = [tokens for row in range(len(batch)) for tokens in probe(batch.alone(row), signals, model)]
+    assert len(together) == len(alone) > 1
+    for first, second in zip(together, alone, strict=True):
+        for name, _ in signals:
+            assert torch.allclose(first.signals[name], second.signals[name], atol=CLOSE, rtol=1e-4), name
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
@@ -133,7 +127,7 @@ def test_no_image_leaks_into_another(family: Family) -> None:
         batches = [family.batch([2, family.image(0, 1)], [3, family.image(1, seed)]) for seed in (2, 3)]
     else:
         batches = [family.batch([2, family.image(0, 1), 2, family.image(family.sizes - 1, seed)]) for seed in (2, 3)]
-    signals = wanted(**signals_of(family, "last"))
+    signals = wanted(**signals_of("last"))
     first, second = (probe(batch, signals) for batch in batches)
     for name, _ in signals:
         assert torch.equal(first[0].signals[name], second[0].signals[name])
@@ -142,7 +136,7 @@ def test_no_image_leaks_into_another(family: Family) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 def test_half_precision(family: Family) -> None:
-    signals = signals_of(family, 0)
+    signals = signals_of(0)
     exact = probe(two(family), wanted(**signals))
     rounded = probe(two(family), wanted(**signals), family.model(dtype=torch.bfloat16))
     for first, second in zip(exact, rounded, strict=True):
@@ -156,10 +150,8 @@ def test_half_precision(family: Family) -> None:
 # ------------------------------------------------------------------------------ inside the LLM
 
 
-@pytest.mark.parametrize(("family", "case"), [(f, c) for f in FAMILIES.values() for c in (mixed, video)], ids=case_id)
+@pytest.mark.parametrize(("family", "case"), MIXED, ids=case_id)
 def test_methods_inside_the_llm_get_the_rows_of_what_is_left(family: Family, case: Callable[[Family], Batch]) -> None:
-    if case is video and not family.has_video:
-        case = two
     batch, model = case(family), family.model()
     signals = wanted(attention=VisionSignal("received_attention"), keys=VisionSignal("keys", 0, "join"))
     before = [row for row in range(len(batch)) for _ in probe(batch.alone(row), signals)]
@@ -245,7 +237,7 @@ class Interrupted(Exception):
 def test_nothing_is_left_behind(family: Family, fails: bool) -> None:
     model, batch = family.model(), two(family)
     blocks = blocks_of(model, "image")
-    signals = wanted(**signals_of(family, "features", 0))
+    signals = wanted(**signals_of("features", 0))
 
     def tower() -> Any:
         watched = [module for block in blocks for module in block.modules() if module in _captures]

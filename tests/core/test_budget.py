@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from mmfast.budget import (
     LanguageShape,
+    average_of,
     check_keep,
     count,
-    geometric_for_average,
-    geometric_fractions,
-    prefill_flops,
     resolve_layer,
+    shares,
+    solve_average,
     truncated_count,
 )
-from mmfast.registry import get
 
 LLAVA_7B = LanguageShape(32, 4096, 11008, 32, 32, 128)
 fractions = st.floats(min_value=1e-6, max_value=1.0, allow_nan=False)
@@ -62,58 +61,33 @@ def test_count_stays_in_range_and_is_monotone(keep: float, total: int) -> None:
         assert truncated_count(keep, total) <= max(kept, 1)
 
 
-@given(keep=fractions, steps=st.integers(1, 6))
-def test_geometric_fractions_fall_and_end_at_keep(keep: float, steps: int) -> None:
-    schedule = geometric_fractions(keep, steps)
-    assert len(schedule) == steps
-    assert schedule[-1] == keep
-    assert all(before >= after - 1e-9 for before, after in itertools.pairwise(schedule))
+profiles = st.lists(st.one_of(st.just(0.0), st.floats(0.01, 0.99)), min_size=1, max_size=6).map(lambda values: sorted(values, reverse=True))
 
 
-@given(average=st.floats(0.27, 1.0))
-def test_average_schedule_reaches_its_average(average: float) -> None:
-    layers, depth = [8, 16, 24], 32
-    schedule = geometric_for_average(average, layers, depth)
-    reached = (8 + 8 * sum(schedule)) / depth
-    assert reached == pytest.approx(average, abs=1e-6)
+@given(profile=profiles, keep=fractions)
+def test_a_solved_schedule_reaches_its_average_or_the_least(profile: list[float], keep: float) -> None:
+    layers, depth = [2 + 3 * step for step in range(len(profile))], 20
+    solved = solve_average(keep, profile, layers, depth)
+    assert all(before >= after for before, after in itertools.pairwise(solved))
+    reached = average_of(solved, layers, depth)
+    # Zero stays zero however it is scaled.
+    highest = average_of([0.0 if value == 0.0 else 1.0 for value in profile], layers, depth)
+    least = average_of([0.0] * len(profile), layers, depth)
+    assert reached == pytest.approx(min(max(keep, least), highest), abs=1e-3)
 
 
-def test_an_average_below_the_first_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must exceed 0\.250"):
-        geometric_for_average(0.2, [8, 16, 24], 32)
+@given(total=st.integers(0, 5000), weights=st.lists(st.integers(0, 900), min_size=1, max_size=9))
+def test_shares_add_up_and_are_proportional(total: int, weights: list[int]) -> None:
+    parts = shares(total, weights)
+    assert sum(parts) == (total if sum(weights) else 0)
+    if sum(weights):
+        assert all(abs(part - total * weight / sum(weights)) < 1 for part, weight in zip(parts, weights, strict=True))
 
 
 @pytest.mark.parametrize(("layer", "depth"), [(0, 4), (4, 4), (1.0, 4), (7, 4)])
 def test_layers_outside_the_model_are_refused(layer: float, depth: int) -> None:
     with pytest.raises(ValueError, match=r"must lie in 1\.\.3"):
         resolve_layer(layer, depth)
-
-
-@pytest.mark.parametrize(
-    ("plan", "teraflops"),
-    [
-        (None, 3.817),
-        ("fastv(layer=2, keep=0.5)", 2.007),
-        ("fastv(layer=2, keep=0.25)", 1.118),
-        ("fastv(layer=3, keep=0.5)", 2.068),
-        ("fastv(layer=5, keep=0.5)", 2.188),
-        ("pyramiddrop()", 1.777),
-    ],
-)
-def test_flops_reproduce_published_figures(plan: str | None, teraflops: float) -> None:
-    """Visual tokens only, LLaVA-1.5-7B, as the papers count them."""
-    if plan is None:
-        layers = [576] * 32
-    else:
-        name, options = plan.split("(", 1)
-        method = get(name).method(**dict(_option(text) for text in options[:-1].split(", ") if text))
-        layers = method.tokens_per_layer(576, 0, 32)
-    assert prefill_flops(LLAVA_7B, layers) / 1e12 == pytest.approx(teraflops, abs=6e-4)
-
-
-def _option(text: str) -> tuple[str, float]:
-    name, value = text.split("=")
-    return name, float(value) if "." in value else int(value)
 
 
 def test_grouped_query_attention_is_cheaper() -> None:

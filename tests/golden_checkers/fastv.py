@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from mmfast.registry import get
-from mmfast.token_pruning.base import LayerTokens
+from mmfast.token_pruning.layers import LayerTokens
+from support.attention import DenseAttention
 
 
 def check(case: dict[str, np.ndarray]) -> None:
@@ -26,15 +27,16 @@ def check(case: dict[str, np.ndarray]) -> None:
         media=torch.zeros_like(candidates),
         total=visual,
         media_totals=(visual,),
-        attention_rows=torch.from_numpy(case["attention"])[0, :, -1],
+        attention=DenseAttention.of(torch.from_numpy(case["attention"])[0]),
     )
     np.testing.assert_allclose(method.score(tokens, event).numpy(), case["score"], rtol=1e-4, atol=1e-5)
-    kept = method(tokens, event)
-    kept = candidates if kept is None else kept
+    decision = method(tokens, event)
+    kept = candidates if decision is None else candidates[decision.indices]
     assert kept.numel() == int(case["n_keep"])
     text = torch.tensor([place for place in range(length) if not start <= place < start + visual])
     keep_index = torch.cat([kept, text]).sort().values
     np.testing.assert_array_equal(keep_index.numpy(), case["keep_index"])
     np.testing.assert_allclose(hidden[keep_index].numpy(), case["out_hidden"][0], rtol=1e-4, atol=1e-5)
-    predicted = method.tokens_per_layer(visual, length - visual, depth)
+    assert keep_index.numel() == int(case["mask_len"])
+    predicted = method.keep_counts(visual, length - visual, depth)
     np.testing.assert_array_equal(predicted, case["tokens_per_layer"])

@@ -7,18 +7,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mmfast.adapters.attention import attention_rows
 from mmfast.adapters.call import compact_positions
-from mmfast.registry import get
-from mmfast.token_pruning.base import LayerEvent, LayerTokens
+from mmfast.budget import average_of
+from mmfast.token_pruning.attention import AttentionView
+from mmfast.token_pruning.in_llm.pyramiddrop import PyramidDrop
+from mmfast.token_pruning.layers import LayerEvent, LayerTokens
 
 
 def check(case: dict[str, np.ndarray]) -> None:
     """Compare scores, choices, features, compact positions and padding of each sample."""
     hidden = torch.from_numpy(case["features"])
-    stage, ratios = int(case["stage"]), case["ratio_list"]
-    event = LayerEvent(1, float(ratios[stage + 1]))
-    method = get("pyramiddrop").method(positions="compact")
+    stage, ratios = int(case["stage"]), case["ratio_list"].tolist()
+    # Which layers the stages lie at is not part of the vectors.
+    depth, layers = len(ratios), tuple(range(1, len(ratios)))
+    keep = average_of(ratios[1:], layers, depth)
+    method = PyramidDrop(keep=keep, layers=layers, fractions=tuple(ratios[1:]), positions="compact")
+    event = method.events(depth)[stage]
     with_image = 0
     for row, states in enumerate(hidden):
         real = torch.from_numpy(case["attention_mask"])[row].bool()
@@ -38,7 +42,7 @@ def check(case: dict[str, np.ndarray]) -> None:
 
 def _stage(
     case: dict[str, np.ndarray],
-    method: object,
+    method: PyramidDrop,
     event: LayerEvent,
     states: Tensor,
     row: int,
@@ -55,7 +59,7 @@ def _stage(
             rearrange(normed @ torch.from_numpy(case[name]).T, "n (h d) -> h n d", h=heads),
             positions,
             float(case["rope_theta"]),
-        )[None]
+        )
         for name in ("q_weight", "k_weight")
     )
     last = int(case["prompt_len"][row]) + alive - 1
@@ -66,16 +70,13 @@ def _stage(
         media=torch.zeros_like(candidates),
         total=int(case["image_tokens_full"][row]),
         media_totals=(int(case["image_tokens_full"][row]),),
-        attention_rows=attention_rows(query, key, None, torch.tensor([last]))[0],
+        last=last,
+        attention=AttentionView(query, key),
     )
-    np.testing.assert_allclose(
-        method.score(tokens, event).numpy(),
-        case[f"score_{number}"],
-        rtol=1e-4,
-        atol=1e-5,  # type: ignore[attr-defined]
-    )
-    chosen = method(tokens, event)  # type: ignore[operator]
-    chosen = candidates if chosen is None else chosen
+    score = method.score(tokens, event)
+    np.testing.assert_allclose(score.numpy(), case[f"score_{number}"], rtol=1e-4, atol=1e-5)
+    decision = method(tokens, event)
+    chosen = candidates if decision is None else candidates[decision.indices]
     assert chosen.numel() == int(case[f"k_{number}"])
     np.testing.assert_array_equal((chosen - start).numpy(), case[f"topk_sorted_local_{number}"])
     text = torch.tensor([place for place in range(states.shape[0]) if not start <= place < start + alive])

@@ -21,10 +21,11 @@ class DenseAttention(AttentionView):
     weights: Tensor | None = None
 
     @staticmethod
-    def of(weights: Tensor) -> DenseAttention:
-        """Wrap ``[H, n, past + n]`` probabilities."""
+    def of(weights: Tensor, width: int = 1) -> DenseAttention:
+        """Wrap ``[H, n, past + n]`` probabilities of heads of some width."""
         heads, queries, keys = weights.shape
-        return DenseAttention(torch.zeros(heads, queries, 1), torch.zeros(heads, keys, 1), weights=weights.float())
+        zeros = torch.zeros(heads, queries, width), torch.zeros(heads, keys, width)
+        return DenseAttention(*zeros, weights=weights.float())
 
     @staticmethod
     def of_logits(logits: Tensor) -> DenseAttention:

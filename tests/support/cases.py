@@ -1,7 +1,8 @@
-"""The prompts every family is tested with."""
+"""The prompts every family is tested with, and where a method may be refused."""
 
 from __future__ import annotations
 
+import mmfast
 from support.families import FAMILIES, Batch, Family
 
 
@@ -39,7 +40,42 @@ CASES = IMAGE_CASES + VIDEO_CASES
 
 
 def case_id(value: object) -> str | None:
-    """Name a family or a prompt in the id of a test."""
-    if isinstance(value, Family):
+    """Name a family, a method or a prompt in the id of a test."""
+    if isinstance(value, Family | mmfast.MethodInfo):
         return value.name
     return value.__name__ if callable(value) else None
+
+
+# ------------------------------------------------------------------------ where a method may be refused
+
+WITHOUT_CLASS_TOKEN = (
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "idefics3",
+    "smolvlm",
+    "paligemma",
+    "gemma3",
+    "mistral3",
+)
+
+REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {}
+"""Method -> the families on which it is refused, and what the message says."""
+
+UNKNOWN_GRIDS: dict[str, str] = {
+    "pool2d": "needs to know the grid",
+}
+"""Method -> what it says of media whose grid is not known, when it meets them."""
+
+
+def refusal(family: Family, method: str) -> str | None:
+    """Return what the message says if a method is refused on a family."""
+    families, reason = REFUSALS.get(method, ((), ""))
+    return reason if family.name in families else None
+
+
+def lacks_grid(batch: Batch) -> bool:
+    """Say whether the place of some visual tokens is not known."""
+    layouts = [layout for row in batch.media for media in row for layout in media.layouts]
+    return not all(layout.grid_known for layout in layouts)

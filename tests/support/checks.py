@@ -63,20 +63,25 @@ def check_against_reference(
         done = generate(model, batch.inputs, steps)
         report = fast.report()
     for row in range(len(batch)):
-        wanted = expected(batch.alone(row), plan, done.tokens[row, :-1].tolist())
-        work = [(len(layer.attending), len(layer.shown), len(layer.fed)) for layer in wanted.work]
-        assert [(layer.attending, layer.shown, layer.fed) for layer in report.work[row]] == work
-        records = [record for record in report.media if record.row == row]
-        assert len(records) == len(wanted.items)
-        for record, item in zip(records, wanted.items, strict=True):
-            assert record.modality == item.modality
-            assert record.tokens == len(item.slots)
-            for kept, layer in ((record.entered_indices, wanted.work[0]), (record.left_indices, wanted.work[-1])):
-                assert item.slots[kept].tolist() == layer.alive[torch.isin(layer.alive, item.slots)].tolist()
-        assert (done.logits[row] - wanted.logits).abs().max() < CLOSE
-        if records:
+        check_row(batch.alone(row), plan, row, done, report)
+        if batch.media[row]:
             assert (done.logits[row, 0] - untouched[row]).abs().max() > far
     return report
+
+
+def check_row(alone: Batch, plan: str | Sequence[Method], row: int, done: Generated, report: mmfast.Report) -> None:
+    """Compare one row of what was generated with what the reference computes of it alone."""
+    wanted = expected(alone, plan, done.tokens[row, :-1].tolist())
+    work = [(len(layer.attending), len(layer.shown), len(layer.fed)) for layer in wanted.work]
+    assert [(layer.attending, layer.shown, layer.fed) for layer in report.work[row]] == work
+    records = [record for record in report.media if record.row == row]
+    assert len(records) == len(wanted.items)
+    for record, item in zip(records, wanted.items, strict=True):
+        assert record.modality == item.modality
+        assert record.tokens == len(item.slots)
+        for kept, layer in ((record.entered_indices, wanted.work[0]), (record.left_indices, wanted.work[-1])):
+            assert item.slots[kept].tolist() == layer.alive[torch.isin(layer.alive, item.slots)].tolist()
+    assert (done.logits[row] - wanted.logits).abs().max() < CLOSE
 
 
 def census(model: nn.Module) -> dict[str, Any]:

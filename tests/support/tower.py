@@ -156,16 +156,19 @@ class Tower:
         flat = torch.cat([leaf.detach().flatten(0, -2) for leaf in runs])
         for slot, feature in features.items():
             flat[self.patches[slot]] = feature.to(flat.dtype)
-        changed = iter(
-            part.view_as(leaf)
-            for part, leaf in zip(flat.split([leaf[..., 0].numel() for leaf in runs]), runs, strict=True)
-        )
+        parts = flat.split([leaf[..., 0].numel() for leaf in runs])
+        queue = {id(leaf): part.view_as(leaf) for part, leaf in zip(parts, runs, strict=True)}
 
-        def put(block: nn.Module, args: Any, output: Any) -> Any:
-            states = next(changed)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
+        def replacing(block: nn.Module) -> Any:
+            states = iter([queue[id(leaf)] for leaf in self.outputs[block]])
 
-        handles = [tower[self.features].register_forward_hook(put, prepend=True) for tower in self.towers]
+            def put(block: nn.Module, args: Any, output: Any) -> Any:
+                return (next(states), *output[1:]) if isinstance(output, tuple) else next(states)
+
+            return put
+
+        blocks = [tower[self.features] for tower in self.towers]
+        handles = [block.register_forward_hook(replacing(block), prepend=True) for block in blocks]
         try:
             embeds = self.embed()
         finally:

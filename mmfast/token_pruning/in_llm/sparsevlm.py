@@ -1,0 +1,227 @@
+"""SparseVLM: the words that speak of the image rate its tokens; what goes is recycled into clusters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmfast.budget import average_of, check_keep, resolve_layer, solve_average
+from mmfast.registry import register
+from mmfast.token_pruning.base import top_indices
+from mmfast.token_pruning.layers import LayerDropper, LayerEvent, LayerRequest, LayerTokens
+from mmfast.token_pruning.similarity import highest_first
+from mmfast.tokens import Keep
+
+PRESETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+"""Published schedules for 576 visual tokens: tokens kept after layers 2, 6 and 15 of 32, recycled ones not counted."""
+
+
+@register("sparsevlm", stage="in_llm", paper="arXiv 2410.04417", source="Gumpest/SparseVLMs", vectors=True)
+@dataclass(frozen=True)
+class SparseVLM(LayerDropper):
+    """Drop in three steps by the attention of the words that speak of the image; merge part of what goes.
+
+    Raters are the words of the question that visual tokens resemble more than the average word; they stay the
+    same for all steps. Of what a step deletes, the best rated third is merged into a few clusters
+    (density peaks over nearest neighbours), which count as tokens that are left.
+
+    ``keep=None`` takes ``schedule``; another ``keep`` scales it so that a layer reads that many on average. With
+    ``positions="compact"`` merged tokens stand behind the kept ones, as in the official code; otherwise each
+    takes the place of its cluster's centre.
+
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025
+    (version 1.5 of the code).
+
+    Attributes:
+        keep: visual tokens a layer reads on average; int = count per image, float = fraction.
+        layers: layers whose input is shortened, as indices (int) or relative depths (float).
+        schedule: tokens kept in each step out of ``schedule_of``, clusters not counted.
+        schedule_of: visual tokens for which ``schedule`` was made; other numbers scale it.
+        recycle: merge part of what is deleted.
+    """
+
+    needs = frozenset({"attention", "embeds"})
+    merges = True
+
+    keep: int | float | None = None
+    layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
+    schedule: tuple[int, ...] = PRESETS[192]
+    schedule_of: int = 576
+    recycle: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep(self.keep)
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+        if not self.layers or len(self.layers) != len(self.schedule):
+            raise ValueError(f"layers={self.layers} and schedule={self.schedule} must name the same number of steps")
+        if list(self.schedule) != sorted(self.schedule, reverse=True) or not 1 <= self.schedule[0] <= self.schedule_of:
+            raise ValueError(f"schedule={self.schedule} must fall and lie in 1..schedule_of={self.schedule_of}")
+
+    def steps(self, depth: int) -> dict[int, int]:
+        """Return layer -> scheduled count; steps on the same layer of a shallow model become one."""
+        resolved = [resolve_layer(layer, depth) for layer in self.layers]
+        if sorted(resolved) != resolved:
+            raise ValueError(f"layers={self.layers} means {resolved} in a model of {depth} layers; they must ascend")
+        return dict(zip(resolved, self.schedule, strict=True))
+
+    def events(self, depth: int) -> list[LayerEvent]:
+        """Return one event per step."""
+        return [LayerEvent(layer, step, depth) for step, layer in enumerate(self.steps(depth))]
+
+    def request(self, event: LayerEvent) -> LayerRequest:
+        """Ask for the attention of the layer before."""
+        return LayerRequest(event.layer - 1)
+
+    def notice(self, depth: int) -> str:
+        """Say when ``keep`` is a fraction that the schedule cannot reach."""
+        layers = list(self.steps(depth))
+        least = average_of([0.0] * len(layers), layers, depth)
+        if not isinstance(self.keep, float) or self.keep >= least:
+            return ""
+        return f"keep={self.keep:g} as an average over the layers cannot be reached; the least is {least:.3f}"
+
+    def counts(self, total: int, depth: int, images: int = 1) -> list[int] | None:
+        """Count what is left after each step, clusters included."""
+        steps = self.steps(depth)
+        left, alive = [], total
+        for planned in steps.values():
+            kept = min(round(total / self.schedule_of * planned), alive - 1)
+            alive = max(1, min(alive, kept + self.clusters(alive - kept)))
+            left.append(alive)
+        if self.keep is None:
+            return left
+        share = self.keep if isinstance(self.keep, float) else min(1.0, self.keep * images / total)
+        if share == 1.0:
+            return [total] * len(left)
+        profile = [min(count / total, 1.0 - 1e-6) for count in left]
+        return [max(1, int(value * total)) for value in solve_average(share, profile, list(steps), depth)]
+
+    def clusters(self, deleted: int) -> int:
+        """Say into how many clusters some of ``deleted`` tokens are merged.
+
+        Example:
+            >>> SparseVLM().clusters(276), SparseVLM(recycle=False).clusters(276)
+            (9, 0)
+        """
+        return (int(0.3 * deleted) + 1) // 10 + 1 if self.recycle and deleted > 0 else 0
+
+    def split(self, alive: int, left: int) -> tuple[int, int]:
+        """Divide ``left`` places among kept tokens and clusters, given that ``alive`` tokens compete.
+
+        Example:
+            >>> SparseVLM().split(576, 309), SparseVLM().split(40, 1)
+            ((300, 9), (0, 1))
+        """
+        kept = left - self.clusters(alive - left)
+        # Fewer kept tokens mean more deleted ones, and those at times another cluster.
+        while kept > 0 and kept + self.clusters(alive - kept) > left:
+            kept -= 1
+        return (max(kept, 0), left - max(kept, 0)) if self.recycle else (left, 0)
+
+    def choose(self, tokens: LayerTokens, kept: int | None, event: LayerEvent) -> Tensor | Keep:
+        """Rate, keep the best, and merge part of the rest."""
+        score = self.rate(tokens)
+        stay, clusters = self.split(score.numel(), int(kept or 1))
+        best = top_indices(score, stay)
+        if clusters == 0:
+            return best
+        deleted = torch.ones_like(score, dtype=torch.bool)
+        deleted[best] = False
+        gone = int(deleted.sum())
+        size = min(gone, max(clusters, int(0.3 * gone) + 1))
+        pool = highest_first(score.masked_fill(~deleted, -torch.inf), size)
+        states = tokens.hidden[tokens.candidates[pool]].float()
+        merged, centres = merge_by_density(states, clusters)
+        places = torch.cat([best, pool[centres]])
+        features = torch.cat([torch.full_like(states[:1], float("nan")).expand(stay, -1), merged])
+        if self.positions == "compact":
+            # Kept tokens first, then the merged ones, in whatever slots stay.
+            features = torch.cat([tokens.hidden[tokens.candidates[best]].float(), merged])
+            return Keep(places.sort().values, features)
+        order = places.argsort()
+        return Keep(places[order], features[order])
+
+    def rate(self, tokens: LayerTokens) -> Tensor:
+        """Average over raters and heads the attention to each candidate, float32 ``[V]``."""
+        rows = self.raters(tokens)
+        weights = torch.zeros(tokens.hidden.shape[0], device=tokens.hidden.device)
+        weights[rows] = 1.0 / rows.numel()
+        return tokens.view().column_sums(weights)[tokens.candidates]
+
+    def raters(self, tokens: LayerTokens) -> Tensor:
+        """Return the positions in ``hidden`` of the raters, chosen at the first event of the prompt."""
+        question = tokens.question
+        if "raters" not in tokens.memory:
+            if tokens.embeds is None:
+                raise ValueError("embeds is missing; declare it in needs")
+            likeness = word_likeness(tokens.embeds[tokens.candidates], tokens.embeds[question])
+            tokens.memory["raters"] = rater_places(likeness)
+        return question[tokens.memory["raters"]]
+
+
+def word_likeness(visual: Tensor, words: Tensor) -> Tensor:
+    """Average over visual tokens the softmax, over words, of their dot products.
+
+    Args:
+        visual: ``[V, D]`` embeddings.
+        words: ``[T, D]`` embeddings.
+
+    Returns:
+        float32 ``[T]``.
+
+    Example:
+        >>> word_likeness(torch.eye(2), torch.zeros(2, 2)).tolist()
+        [0.5, 0.5]
+    """
+    return (visual.float() @ words.float().T).softmax(dim=-1).mean(dim=0)
+
+
+def rater_places(likeness: Tensor) -> Tensor:
+    """Return the words above the mean; all of them where none is.
+
+    Example:
+        >>> rater_places(torch.tensor([0.1, 0.6, 0.3])).tolist(), rater_places(torch.tensor([0.5, 0.5])).tolist()
+        ([1], [0, 1])
+    """
+    above = (likeness > likeness.mean()).nonzero().squeeze(-1)
+    return above if above.numel() else torch.arange(likeness.numel(), device=likeness.device)
+
+
+def merge_by_density(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Cluster tokens around density peaks and average each cluster.
+
+    A token's density falls with its distance to its nearest neighbours; centres are dense and far from
+    anything denser. Equal densities are told apart by the index, the lower counting as denser.
+
+    Args:
+        states: ``[m, D]`` float32.
+        clusters: number of clusters, at most m.
+
+    Returns:
+        ``[clusters, D]`` means, and ``[clusters]`` int64 places of the centres.
+
+    Example:
+        >>> merge_by_density(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), 2)[0].squeeze(-1).round().tolist()
+        [1.0, 11.0]
+    """
+    total = states.shape[0]
+    distance = torch.cdist(states, states) / states.shape[1] ** 0.5
+    near = distance.topk(min(clusters, total), dim=-1, largest=False).values
+    density = (-near.square().mean(dim=-1)).exp()
+    index = torch.arange(total, device=states.device)
+    denser = (density[None, :] > density[:, None]) | (
+        (density[None, :] == density[:, None]) & (index[None, :] < index[:, None])
+    )
+    apart = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    apart = torch.where(apart.isinf(), distance.max(), apart)
+    centres = highest_first(apart * density, clusters)
+    owner = distance[centres].argmin(dim=0)
+    owner[centres] = torch.arange(clusters, device=states.device)
+    sums = torch.zeros(clusters, states.shape[1], device=states.device).index_add(0, owner, states)
+    sizes = torch.zeros(clusters, device=states.device).index_add(0, owner, torch.ones_like(apart))
+    return sums / (sizes + 1e-6)[:, None], centres
