@@ -89,9 +89,10 @@ class Binding:
                     "or pass replace=True"
                 )
             running.detach()
-        notice = "" if self.dropper is None else self.dropper.notice(adapter.shape.layers)
-        if self.dropper is not None and notice:
-            warnings.warn(f"method {self.dropper.name!r}: {notice}", stacklevel=5)
+        for inside in (self.dropper, self.bypass):
+            notice = "" if inside is None else inside.notice(adapter.shape.layers)
+            if inside is not None and notice:
+                warnings.warn(f"method {inside.name!r}: {notice}", stacklevel=5)
         self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
         try:
             self._attach()

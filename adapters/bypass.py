@@ -95,12 +95,14 @@ class Bypasser:
     def _route_decode(self, inner: Inner, index: int, level: Level, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Let some rows ignore what the layer makes of their new token, and their cache forget it."""
         with torch.no_grad():
-            part = self.method.decode_route(self.adapter.attention_input(layer, hidden)[:, 0], index)
+            gate = self.method.decode_route(self.adapter.attention_input(layer, hidden)[:, 0], index)
         visual = None if inner.cache is None else inner.cache.layers[index].visual
-        if part is None or visual is None:
+        if gate is None or visual is None:
             return hidden
         # Prompts without images run as they would without a plan.
-        part = part | ~visual.to(part.device)
+        gate = torch.where(visual.to(gate.device), gate.float(), 1.0)
+        part = gate != 0
+        self._gate(inner, layer, torch.where(part, gate, 1.0)[:, None])
         if bool(part.all()):
             return hidden
         step = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)

@@ -58,8 +58,9 @@ def number_candidates(inner: Inner, keep: Tensor) -> None:
     """Number the tokens that layers may drop; newline tokens are none of them."""
     batch, length = keep.shape
     inner.candidate = torch.zeros(batch, length, dtype=torch.bool)
-    inner.number = torch.zeros(batch, length, dtype=torch.int64)
-    inner.media = torch.zeros(batch, length, dtype=torch.int64)
+    # Text belongs to no image: methods that route text too tell it by -1.
+    inner.number = torch.full((batch, length), -1, dtype=torch.int64)
+    inner.media = torch.full((batch, length), -1, dtype=torch.int64)
     entering = keep.cpu()
     for row, parts in enumerate(inner.segments):
         totals: list[int] = []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmfast.accelerated import Accelerated, accelerate
     from mmfast.budget import LanguageShape, prefill_flops
+    from mmfast.calibration import calibrate
     from mmfast.plan import Plan
     from mmfast.registry import MethodInfo, methods, register
     from mmfast.report import Report
@@ -34,6 +35,7 @@ _HOME = {
     "Report": "mmfast.report",
     "VisualTokens": "mmfast.tokens",
     "accelerate": "mmfast.accelerated",
+    "calibrate": "mmfast.calibration",
     "load_default": "mmfast.zoo",
     "methods": "mmfast.registry",
     "prefill_flops": "mmfast.budget",
@@ -51,6 +53,7 @@ __all__ = [
     "VisualTokens",
     "__version__",
     "accelerate",
+    "calibrate",
     "load_default",
     "methods",
     "prefill_flops",

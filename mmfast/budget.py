@@ -132,7 +132,7 @@ def solve_average(keep: float, profile: Sequence[float], layers: Sequence[int], 
 
     Args:
         keep: wanted average fraction over the ``depth`` layers, in (0, 1].
-        profile: what is left after each step at some setting of the schedule, each in [0, 1).
+        profile: what is left after each step at some setting of the schedule, each in (0, 1).
         layers: layers before which tokens are dropped, ascending.
         depth: number of layers.
 

@@ -60,8 +60,8 @@ class LayerTokens:
         hidden: ``[n, D]`` hidden states of the prompt's tokens at the input of the layer.
         candidates: ``[V]`` int64, ascending: the positions in ``hidden`` of droppable visual tokens.
         origin: ``[V]`` int64, number of each candidate among the visual tokens that entered the
-            language model (0-based, newline tokens not counted).
-        media: ``[V]`` int64, which image or video of the prompt each candidate belongs to.
+            language model (0-based, newline tokens not counted); -1 for text, where a bypass routes it too.
+        media: ``[V]`` int64, which image or video of the prompt each candidate belongs to; -1 for text.
         total: number of droppable visual tokens that entered the language model.
         media_totals: the same per image or video.
         last: position in ``hidden`` of the last prompt token; None = the last of ``hidden``.
@@ -371,10 +371,10 @@ class Schedule(LayerDropper):
             raise ValueError(
                 f"layers={self.layers} and fractions={self.fractions} must name the same number of steps, at least one"
             )
-        if any(not 0.0 <= value < 1.0 for value in self.fractions) or sorted(self.fractions, reverse=True) != list(
+        if any(not 0.0 < value < 1.0 for value in self.fractions) or sorted(self.fractions, reverse=True) != list(
             self.fractions
         ):
-            raise ValueError(f"fractions={self.fractions} must fall and lie in [0, 1)")
+            raise ValueError(f"fractions={self.fractions} must fall and lie in (0, 1)")
 
     def steps(self, depth: int) -> dict[int, float]:
         """Return layer -> published fraction, ascending by layer."""
@@ -470,16 +470,21 @@ class LayerBypass(Method):
         return None
 
     def decode_route(self, normed: Tensor, layer: int) -> Tensor | None:
-        """Say which generated tokens take part in a layer, for classes whose ``routes_decode`` is True.
+        """Weigh generated tokens in a layer, for classes whose ``routes_decode`` is True.
 
         Args:
             normed: ``[B, D]`` hidden states of one new token per prompt, through the layer's input norm.
             layer: the layer.
 
         Returns:
-            bool ``[B]``; None = all.
+            float32 ``[B]``: 0 = the token goes around the layer, else the weight of what its feed-forward part
+            adds; None = 1 for all.
         """
         return None
+
+    def notice(self, depth: int) -> str:
+        """Say what a user should know about these options in a model of ``depth`` layers; empty for nothing."""
+        return ""
 
     @abstractmethod
     def keep_counts(self, visual: int, text: int, depth: int, images: int = 1) -> list[int] | None:

@@ -31,7 +31,8 @@ def check(case: dict[str, np.ndarray]) -> None:
     for row, places in enumerate(kept):
         count = places.numel()
         np.testing.assert_array_equal(places.numpy(), case["truncation_idx"][row, :count])
-        np.testing.assert_allclose(hidden[row, places].numpy(), case["final_hidden_in"][row, :count], rtol=1e-4, atol=1e-5)
+        states = hidden[row, places].numpy()
+        np.testing.assert_allclose(states, case["final_hidden_in"][row, :count], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(places.numpy(), case["final_position_ids"][row, :count])
     _caches(case, depth, lengths)
 

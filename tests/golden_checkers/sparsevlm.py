@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mmfast.adapters.call import compact_positions
 from mmfast.registry import get
-from mmfast.token_pruning.in_llm.sparsevlm import SparseVLM, merge_by_density, rater_places, word_likeness
+from mmfast.token_pruning.in_llm.sparsevlm import (
+    SparseVLM,
+    best_and_pool,
+    merge_by_density,
+    rater_places,
+    word_likeness,
+)
 from mmfast.token_pruning.layers import LayerTokens
 from mmfast.tokens import Keep
 from support.attention import DenseAttention
@@ -16,7 +23,7 @@ def check(case: dict[str, np.ndarray]) -> None:
     """Run the clustering, or the three steps."""
     if "tokens" in case:
         merged, _ = merge_by_density(torch.from_numpy(case["tokens"])[0], int(case["cluster_num"]))
-        np.testing.assert_allclose(_sorted(merged.numpy()), _sorted(case["merged"][0]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(merged.numpy(), case["merged"][0], rtol=1e-4, atol=1e-5)
         return
     steps(case, "sparsevlm", compact=True)
 
@@ -57,12 +64,26 @@ def steps(case: dict[str, np.ndarray], name: str, *, compact: bool) -> None:
         )
         decision = method(tokens, event)
         assert decision is not None
+        if method.recycle:
+            _clusters(case, method, tokens, event.step)
         states = _after(hidden, candidates, decision)
         np.testing.assert_allclose(states.numpy(), case[f"next_hidden_{layer}"][0], rtol=1e-4, atol=1e-5)
         kept = torch.cat([torch.arange(start), candidates[decision.indices], torch.arange(start + alive, len(hidden))])
-        places = torch.arange(len(states)) if compact else places[kept]
-        np.testing.assert_array_equal(places.numpy(), case[f"next_pos_{layer}"])
+        places = places[kept]
+        positions = compact_positions(places[None], None, torch.tensor([0]))[0] if compact else places
+        np.testing.assert_array_equal(positions.numpy(), case[f"next_pos_{layer}"])
         alive, origin = len(decision), origin[decision.indices]
+
+
+def _clusters(case: dict[str, np.ndarray], method: SparseVLM, tokens: LayerTokens, step: int) -> None:
+    """Compare what is merged, best rated first, and what it becomes."""
+    score = method.rate(tokens)
+    kept, clusters = method.scheduled(int(case["schedule"][step]), tokens.total, score.numel())
+    assert clusters == int(case[f"cluster_n_{step}"])
+    states = tokens.hidden[tokens.candidates[best_and_pool(score, kept)[1]]]
+    np.testing.assert_allclose(states.numpy(), case[f"cluster_in_{step}"][0], rtol=1e-4, atol=1e-5)
+    merged, _ = merge_by_density(states, clusters)
+    np.testing.assert_allclose(merged.numpy(), case[f"cluster_out_{step}"][0], rtol=1e-4, atol=1e-5)
 
 
 def _after(hidden: torch.Tensor, candidates: torch.Tensor, decision: Keep) -> torch.Tensor:
@@ -71,7 +92,3 @@ def _after(hidden: torch.Tensor, candidates: torch.Tensor, decision: Keep) -> to
         written = ~decision.features[:, 0].isnan()
         states[written] = decision.features[written]
     return torch.cat([hidden[: candidates[0]], states, hidden[candidates[-1] + 1 :]])
-
-
-def _sorted(rows: np.ndarray) -> np.ndarray:
-    return rows[np.lexsort(rows.round(4).T)]

@@ -97,8 +97,9 @@ def test_counts_are_left_to_the_data_without_keep() -> None:
 def test_while_decoding_the_likely_tokens_take_part(tmp_path: Path) -> None:
     path = sure(tmp_path)
     normed = states(-0.1, 0.0, 0.1)
-    assert GammaMoD(weights=path).decode_route(normed, 3).tolist() == [False, True, True]
-    assert GammaMoD(keep=4, weights=path).decode_route(normed, 3) is None
+    probability = GammaMoD(weights=path).probability(normed)
+    assert GammaMoD(weights=path).decode_route(normed, 3).tolist() == [0.0, *probability[1:].tolist()]
+    assert GammaMoD(keep=4, weights=path).decode_route(normed, 3).tolist() == probability.tolist()
 
 
 def test_layers() -> None:

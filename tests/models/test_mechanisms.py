@@ -63,7 +63,7 @@ class Sometimes(LayerBypass):
         return Route(torch.arange(0, tokens.candidates.numel(), 2))
 
     def decode_route(self, normed: Tensor, layer: int) -> Tensor:
-        return normed[:, 0] > 0
+        return (normed[:, 0] > 0) * 0.5
 
     def keep_counts(self, visual: int, text: int, depth: int, images: int = 1) -> None:
         return None

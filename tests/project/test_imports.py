@@ -24,6 +24,7 @@ ROOMS = {
     "speculative": ("mmfast.speculative",),
     "plan": ("mmfast.plan",),
     "accelerate": ("mmfast.accelerated", "mmfast.compare", "mmfast.draw", "mmfast.measure"),
+    "calibration": ("mmfast.calibration",),
     "zoo": ("mmfast.zoo",),
     "training": ("mmfast.training",),
     "cli": ("mmfast.cli",),
@@ -33,7 +34,7 @@ ROOMS = {
 
 # Room -> rooms it may import. "public" is the names in mmfast.__all__, and mmfast itself.
 ALLOWED: dict[str, set[str]] = {
-    "public": {"core", "plan", "accelerate", "zoo"},
+    "public": {"core", "plan", "accelerate", "calibration", "zoo"},
     "core": set(),
     "media": {"core"},
     "kernels": {"core"},
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "speculative": {"core", "kernels"},
     "plan": {"core", "token_pruning", "kv", "speculative"},
     "accelerate": {"core", "plan"},
+    "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
     "training": {"public", "media"},
     "eval": {"public", "media"},

@@ -322,7 +322,8 @@ class Stack:
             # Tokens after the prompt come one at a time, and none of them knows of the others.
             generated = torch.arange(self.sequence.prompt, len(part))
             chosen = method.decode_route(layer.input_layernorm(hidden)[0, generated], index)
-            part[generated] = chosen if chosen is not None else True
+            if chosen is not None:
+                part[generated], gate[generated] = chosen != 0, chosen.float()
         self.pending = None if method.bypass == "attention" else (part, around)
         if method.bypass == "attention":
             self.handles.append(_once(layer.self_attn, lambda output: (output[0] * part[None, :, None], *output[1:])))

@@ -122,9 +122,7 @@ def processing_order(visual: Sequence[int], text: Sequence[int], order: str) -> 
     return list(set(every)) if order == "official" else every
 
 
-def least_alike(
-    states: Tensor, candidates: Tensor, visual_pivots: Tensor, order: Sequence[int], wanted: int
-) -> Tensor:
+def least_alike(states: Tensor, candidates: Tensor, visual_pivots: Tensor, order: Sequence[int], wanted: int) -> Tensor:
     """Let each pivot take the candidates least like it, until ``wanted`` are taken.
 
     Shares differ by one at most, the earlier pivots taking more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +64,19 @@ class Feather(Schedule):
         last = event.step == len(self.steps(event.depth)) - 1 and event.step > 0
         grid = torch.zeros_like(score, dtype=torch.bool) if last else on_grid(tokens, self.stride)
         if kept is not None:
-            # The grid first, then by score: softmax scores are below one.
-            return top_indices(score + grid.float(), kept)
-        share = (1.0 - self.drop) ** (2 if last else 1)
+            return grid_first(score, grid, kept)
         best = torch.zeros_like(grid)
-        best[top_indices(score, int(score.numel() * share + 1e-9))] = True
+        best[top_indices(score, self.best_count(score.numel(), last=last))] = True
         return (best | grid).nonzero().squeeze(-1)
+
+    def best_count(self, alive: int, *, last: bool) -> int:
+        """Say how many tokens a step keeps for their score without ``keep``, cut off as in the official code.
+
+        Example:
+            >>> Feather(drop=0.7).best_count(81, last=False), Feather(drop=0.7).best_count(31, last=True)
+            (24, 2)
+        """
+        return max(1, int(alive * (1.0 - self.drop) ** (2 if last else 1)))
 
 
 def unrotated_score(view: AttentionView, row: int, columns: Tensor) -> Tensor:
@@ -90,10 +98,28 @@ def unrotated_score(view: AttentionView, row: int, columns: Tensor) -> Tensor:
     return logits[:, columns].softmax(dim=-1).mean(dim=0)
 
 
+def grid_first(score: Tensor, grid: Tensor, kept: int) -> Tensor:
+    """Return ``kept`` indices, ascending: those of the grid come first, among equals the higher score.
+
+    Args:
+        score: ``[V]``.
+        grid: bool ``[V]``.
+        kept: how many.
+
+    Example:
+        >>> grid_first(torch.tensor([0.1, 0.9, 0.2, 0.8]), torch.tensor([True, False, True, False]), 3).tolist()
+        [0, 1, 2]
+    """
+    order = score.sort(descending=True, stable=True).indices
+    order = order[grid[order].to(torch.int8).sort(descending=True, stable=True).indices]
+    return order[:kept].sort().values
+
+
 def on_grid(tokens: LayerTokens, stride: int) -> Tensor:
     """Say which candidates lie on every ``stride``-th row and column of their image; bool ``[V]``.
 
-    Where the layout is not known, every ``stride``-th token of the image does.
+    Where the layout is not known, a square one is assumed if the number of tokens is a square; if it is not, every
+    ``stride``-th token of the image counts.
 
     Example:
         >>> from mmfast.tokens import Layout
@@ -105,11 +131,14 @@ def on_grid(tokens: LayerTokens, stride: int) -> Tensor:
     starts = torch.tensor([0, *tokens.media_totals], device=tokens.origin.device).cumsum(0)
     local = tokens.origin - starts[tokens.media]
     found = local % stride == 0
-    for index, layout in enumerate(tokens.layouts):
+    for index, total in enumerate(tokens.media_totals):
         mine = tokens.media == index
-        if layout.grid_known:
-            places = local[mine].cpu()
-            spared = (layout.row[places] % stride == 0) & (layout.col[places] % stride == 0)
+        places, side = local[mine], math.isqrt(total)
+        layout = tokens.layouts[index] if index < len(tokens.layouts) else None
+        if layout is not None and layout.grid_known:
+            own = places.cpu()
+            spared = (layout.row[own] % stride == 0) & (layout.col[own] % stride == 0)
             found[mine] = spared.to(found.device)
+        elif side * side == total:
+            found[mine] = (places // side % stride == 0) & (places % side % stride == 0)
     return found
-

@@ -117,7 +117,8 @@ class FitPrune(LayerScorer):
         seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
 
         def look(tokens: LayerTokens, event: LayerEvent) -> None:
-            seen.setdefault(event.layer, []).append((tokens.total, *scores(tokens)))
+            own, cross = scores(tokens)
+            seen.setdefault(event.layer, []).append((tokens.total, own.cpu(), cross.cpu()))
 
         bench.watch(look)
         sizes = Counter(total for entries in seen.values() for total, *_ in entries)

@@ -126,8 +126,12 @@ class GammaMoD(LayerBypass):
         return probability
 
     def decode_route(self, normed: Tensor, layer: int) -> Tensor | None:
-        """Let new tokens take part whose probability is one half at least; with ``keep`` all of them."""
-        return None if self.keep is not None else self.probability(normed) >= 0.5
+        """Weigh new tokens by their probability, and let those below one half go around.
+
+        With ``keep`` all of them take part, weighed alike.
+        """
+        probability = self.probability(normed)
+        return probability if self.keep is not None else torch.where(probability >= 0.5, probability, 0.0)
 
     def _kept(self, total: int, images: int) -> int:
         keep = 1.0 if self.keep is None else self.keep

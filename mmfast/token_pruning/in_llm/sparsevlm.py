@@ -9,9 +9,8 @@ from torch import Tensor
 
 from mmfast.budget import average_of, check_keep, resolve_layer, solve_average
 from mmfast.registry import register
-from mmfast.token_pruning.base import top_indices
 from mmfast.token_pruning.layers import LayerDropper, LayerEvent, LayerRequest, LayerTokens
-from mmfast.token_pruning.similarity import highest_first
+from mmfast.token_pruning.similarity import highest_first, row_blocks, sum_by_group
 from mmfast.tokens import Keep
 
 PRESETS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
@@ -90,8 +89,7 @@ class SparseVLM(LayerDropper):
         steps = self.steps(depth)
         left, alive = [], total
         for planned in steps.values():
-            kept = min(round(total / self.schedule_of * planned), alive - 1)
-            alive = max(1, min(alive, kept + self.clusters(alive - kept)))
+            alive = min(alive, sum(self.scheduled(planned, total, alive)))
             left.append(alive)
         if self.keep is None:
             return left
@@ -99,7 +97,8 @@ class SparseVLM(LayerDropper):
         if share == 1.0:
             return [total] * len(left)
         profile = [min(count / total, 1.0 - 1e-6) for count in left]
-        return [max(1, int(value * total)) for value in solve_average(share, profile, list(steps), depth)]
+        # Cut off, but do not lose a token to the last bit of a published fraction.
+        return [max(1, int(value * total + 1e-6)) for value in solve_average(share, profile, list(steps), depth)]
 
     def clusters(self, deleted: int) -> int:
         """Say into how many clusters some of ``deleted`` tokens are merged.
@@ -108,43 +107,59 @@ class SparseVLM(LayerDropper):
             >>> SparseVLM().clusters(276), SparseVLM(recycle=False).clusters(276)
             (9, 0)
         """
-        return (int(0.3 * deleted) + 1) // 10 + 1 if self.recycle and deleted > 0 else 0
+        return pool_size(deleted) // 10 + 1 if self.recycle and deleted > 0 else 0
+
+    def scheduled(self, planned: int, total: int, alive: int) -> tuple[int, int]:
+        """Say how many tokens a step of the schedule keeps, and into how many clusters it merges.
+
+        At least one token is deleted and one kept, as in the official code.
+
+        Example:
+            >>> SparseVLM().scheduled(300, 576, 576), SparseVLM().scheduled(300, 144, 144)
+            ((300, 9), (75, 3))
+        """
+        kept = max(1, min(round(total / self.schedule_of * planned), alive - 1))
+        return kept, self.clusters(alive - kept)
 
     def split(self, alive: int, left: int) -> tuple[int, int]:
         """Divide ``left`` places among kept tokens and clusters, given that ``alive`` tokens compete.
 
+        Where little is left of much, the published number of clusters would push out the best tokens: at least
+        half of what is left are kept tokens.
+
         Example:
-            >>> SparseVLM().split(576, 309), SparseVLM().split(40, 1)
-            ((300, 9), (0, 1))
+            >>> SparseVLM().split(576, 309), SparseVLM().split(576, 10), SparseVLM().split(40, 1)
+            ((300, 9), (5, 5), (1, 0))
         """
-        kept = left - self.clusters(alive - left)
-        # Fewer kept tokens mean more deleted ones, and those at times another cluster.
-        while kept > 0 and kept + self.clusters(alive - kept) > left:
-            kept -= 1
-        return (max(kept, 0), left - max(kept, 0)) if self.recycle else (left, 0)
+        clusters = self.clusters(alive - left)
+        # More clusters mean fewer kept tokens, so more deleted ones, and those at times another cluster.
+        while clusters < self.clusters(alive - left + clusters):
+            clusters = self.clusters(alive - left + clusters)
+        clusters = min(clusters, left // 2)
+        return left - clusters, clusters
 
     def choose(self, tokens: LayerTokens, kept: int | None, event: LayerEvent) -> Tensor | Keep:
         """Rate, keep the best, and merge part of the rest."""
+        if kept is None:
+            raise ValueError(f"method {self.name!r} needs a count")
         score = self.rate(tokens)
-        stay, clusters = self.split(score.numel(), int(kept or 1))
-        best = top_indices(score, stay)
+        alive = score.numel()
+        if self.keep is None:
+            stay, clusters = self.scheduled(self.steps(event.depth)[event.layer], tokens.total, alive)
+        else:
+            stay, clusters = self.split(alive, kept)
+        best, pool = best_and_pool(score, stay)
         if clusters == 0:
             return best
-        deleted = torch.ones_like(score, dtype=torch.bool)
-        deleted[best] = False
-        gone = int(deleted.sum())
-        size = min(gone, max(clusters, int(0.3 * gone) + 1))
-        pool = highest_first(score.masked_fill(~deleted, -torch.inf), size)
-        states = tokens.hidden[tokens.candidates[pool]].float()
-        merged, centres = merge_by_density(states, clusters)
-        places = torch.cat([best, pool[centres]])
-        features = torch.cat([torch.full_like(states[:1], float("nan")).expand(stay, -1), merged])
+        states = tokens.hidden[tokens.candidates]
+        merged, centres = merge_by_density(states[pool], clusters)
+        slots = torch.cat([best, pool[centres]])
         if self.positions == "compact":
             # Kept tokens first, then the merged ones, in whatever slots stay.
-            features = torch.cat([tokens.hidden[tokens.candidates[best]].float(), merged])
-            return Keep(places.sort().values, features)
-        order = places.argsort()
-        return Keep(places[order], features[order])
+            return Keep(slots.sort().values, torch.cat([states[best], merged]))
+        features = torch.cat([torch.full_like(states[:stay], float("nan")), merged])
+        slots, places = slots.sort()
+        return Keep(slots, features[places])
 
     def rate(self, tokens: LayerTokens) -> Tensor:
         """Average over raters and heads the attention to each candidate, float32 ``[V]``."""
@@ -156,12 +171,42 @@ class SparseVLM(LayerDropper):
     def raters(self, tokens: LayerTokens) -> Tensor:
         """Return the positions in ``hidden`` of the raters, chosen at the first event of the prompt."""
         question = tokens.question
+        # Text moves up when visual tokens before it go: raters are remembered by their place in the full prompt.
+        places = tokens.places
+        if places is None:
+            places = torch.arange(tokens.hidden.shape[0], device=question.device)
         if "raters" not in tokens.memory:
             if tokens.embeds is None:
                 raise ValueError("embeds is missing; declare it in needs")
             likeness = word_likeness(tokens.embeds[tokens.candidates], tokens.embeds[question])
-            tokens.memory["raters"] = rater_places(likeness)
-        return question[tokens.memory["raters"]]
+            tokens.memory["raters"] = places[question[rater_places(likeness)]]
+        found = torch.isin(places, tokens.memory["raters"]).nonzero().squeeze(-1)
+        return found if found.numel() else question
+
+
+def pool_size(deleted: int) -> int:
+    """Say how many of ``deleted`` tokens, the best rated, are recycled.
+
+    Example:
+        >>> pool_size(276), pool_size(1)
+        (83, 1)
+    """
+    return int(0.3 * deleted) + 1
+
+
+def best_and_pool(score: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return the ``kept`` best rated tokens, ascending, and those next to them, best first, that are recycled.
+
+    Args:
+        score: ``[V]``.
+        kept: number of tokens kept.
+
+    Example:
+        >>> [part.tolist() for part in best_and_pool(torch.tensor([0.1, 0.4, 0.3, 0.2, 0.5]), 1)]
+        [[4], [1, 2]]
+    """
+    order = highest_first(score, score.numel())
+    return order[:kept].sort().values, order[kept : kept + pool_size(score.numel() - kept)]
 
 
 def word_likeness(visual: Tensor, words: Tensor) -> Tensor:
@@ -178,7 +223,11 @@ def word_likeness(visual: Tensor, words: Tensor) -> Tensor:
         >>> word_likeness(torch.eye(2), torch.zeros(2, 2)).tolist()
         [0.5, 0.5]
     """
-    return (visual.float() @ words.float().T).softmax(dim=-1).mean(dim=0)
+    rows, columns = visual.float(), words.float().T
+    total = torch.zeros(columns.shape[1], device=visual.device)
+    for part in row_blocks(rows.shape[0], columns.shape[1]):
+        total += (rows[part] @ columns).softmax(dim=-1).sum(dim=0)
+    return total / rows.shape[0]
 
 
 def rater_places(likeness: Tensor) -> Tensor:
@@ -196,32 +245,37 @@ def merge_by_density(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Cluster tokens around density peaks and average each cluster.
 
     A token's density falls with its distance to its nearest neighbours; centres are dense and far from
-    anything denser. Equal densities are told apart by the index, the lower counting as denser.
+    anything denser. Equal densities, which the official code tells apart by chance, are told apart by the index,
+    the lower counting as denser.
 
     Args:
-        states: ``[m, D]`` float32.
+        states: ``[m, D]``.
         clusters: number of clusters, at most m.
 
     Returns:
-        ``[clusters, D]`` means, and ``[clusters]`` int64 places of the centres.
+        ``[clusters, D]`` means in the dtype of ``states``, the best centre first, and ``[clusters]`` int64 places of
+        the centres.
 
     Example:
-        >>> merge_by_density(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), 2)[0].squeeze(-1).round().tolist()
-        [1.0, 11.0]
+        >>> merged, centres = merge_by_density(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), 2)
+        >>> merged.squeeze(-1).round().tolist(), centres.tolist()
+        ([1.0, 11.0], [0, 2])
     """
-    total = states.shape[0]
-    distance = torch.cdist(states, states) / states.shape[1] ** 0.5
-    near = distance.topk(min(clusters, total), dim=-1, largest=False).values
-    density = (-near.square().mean(dim=-1)).exp()
-    index = torch.arange(total, device=states.device)
-    denser = (density[None, :] > density[:, None]) | (
-        (density[None, :] == density[:, None]) & (index[None, :] < index[:, None])
-    )
-    apart = distance.masked_fill(~denser, torch.inf).amin(dim=-1)
+    values = states.float()
+    total = values.shape[0]
+    # Not by way of products: hidden states share a large part, beside which small distances would be lost.
+    distance = torch.cdist(values[None], values[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
+    distance = distance / values.shape[1] ** 0.5
+    near = distance.topk(clusters, dim=-1, largest=False).values
+    # The logarithm of the density: far-flung states would all have density 0 in single precision.
+    density = -near.square().mean(dim=-1)
+    rank = torch.empty(total, dtype=torch.int64, device=states.device)
+    rank[highest_first(density, total)] = torch.arange(total, device=states.device)
+    apart = distance.masked_fill(rank >= rank[:, None], torch.inf).amin(dim=-1)
     apart = torch.where(apart.isinf(), distance.max(), apart)
-    centres = highest_first(apart * density, clusters)
+    centres = highest_first(density + apart.log(), clusters)
     owner = distance[centres].argmin(dim=0)
     owner[centres] = torch.arange(clusters, device=states.device)
-    sums = torch.zeros(clusters, states.shape[1], device=states.device).index_add(0, owner, states)
-    sizes = torch.zeros(clusters, device=states.device).index_add(0, owner, torch.ones_like(apart))
-    return sums / (sizes + 1e-6)[:, None], centres
+    sizes = torch.bincount(owner, minlength=clusters)
+    merged = sum_by_group(values, owner, clusters) / (sizes[:, None] + 1e-6)
+    return merged.to(states.dtype), centres

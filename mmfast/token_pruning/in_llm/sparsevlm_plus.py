@@ -67,11 +67,13 @@ def rotary_trend(distance: Tensor, width: int, base: float) -> Tensor:
         base: base of the rotary frequencies.
 
     Returns:
-        float32, same shape: ``2 / sqrt(d) * sum_f cos(distance * theta_f)``.
+        float32, same shape: ``2 / sqrt(d) * sum_f cos(distance * theta_f)``, at least 1e-6 away from zero.
 
     Example:
         >>> rotary_trend(torch.tensor([0]), 16, 10000.0).tolist()
         [4.0]
     """
     frequencies = base ** (-torch.arange(0, width, 2, device=distance.device).float() / width)
-    return torch.cos(distance[..., None].float() * frequencies).sum(dim=-1) * 2.0 / width**0.5
+    trend = torch.cos(distance[..., None].float() * frequencies).sum(dim=-1) * 2.0 / width**0.5
+    # No attention divided by no trend would be no number.
+    return torch.where(trend.abs() < 1e-6, trend.new_tensor(1e-6).copysign(trend), trend)
