@@ -63,6 +63,8 @@ with_keep = pytest.mark.parametrize(
     ("family", "info"), [(family, info) for family, info in PAIRS if "keep" in info.options], ids=case_id
 )
 
+POOLS_MAPS = {"pool2d", "dpn"}
+"""Methods that leave whole maps of tokens, whose sizes cannot make up every number."""
 NO_EFFECT = {("aki_mma", "paligemma")}
 """PaliGemma reads prompts in both directions as it is."""
 
@@ -195,11 +197,13 @@ def check_count(
     if info.stage == "in_llm":
         assert len(entered) == candidates
         newlines = len(is_newline) - candidates
-        assert report.tokens_per_layer == [method.keep_counts(candidates, text + newlines, depth)]
+        promised, (layers,) = method.keep_counts(candidates, text + newlines, depth), report.tokens_per_layer
+        # Only where whole maps are pooled can the count not be told; it falls all the same.
+        assert layers == promised or (promised is None and info.name in POOLS_MAPS and layers == sorted(layers)[::-1])
         return
-    promised = method.keep_count(candidates)
+    wanted = method.keep_count(candidates)
     # Cells of a pooled grid cannot make up every number; nothing else may keep fewer than it was told.
-    assert len(entered) == promised or (info.method.fits_grid and 1 <= len(entered) < promised)
+    assert len(entered) == wanted or (info.name in POOLS_MAPS and 1 <= len(entered) < wanted)
     assert report.tokens_per_layer == [[text + record.entered] * depth]
 
 

@@ -290,7 +290,9 @@ class _Run:
         extra = len(self.given)
         slots = torch.cat([self.slots, self.length + torch.arange(extra)])
         sizes = torch.cat([self.sizes, torch.ones(extra)])
-        if not getattr(self.before, "calibrate", False) or bool((sizes == 1).all()):
+        wanted = getattr(self.before, "calibrate", False)
+        possible = self.family.renumbers and not (self.dropper or self.bypass or self.mask)
+        if not (possible if wanted is None else wanted) or bool((sizes == 1).all()):
             return torch.zeros(len(slots), len(slots))
         angles = (slots[:, None] - slots).abs()[..., None] * self.decoder.rotary_emb.inv_freq.double()
         return (sizes * (2 - angles.cos().mean(dim=-1))).log().float()
@@ -304,7 +306,7 @@ class _Run:
             if begin <= int(item.slots[0]) < end:
                 layouts.append(item.layout.take(torch.isin(item.slots, own)))
                 totals.append(len(own))
-        return Turn(places, tuple(layouts), tuple(totals))
+        return Turn(begin, places, tuple(layouts), tuple(totals))
 
     def _unhide(self, visible: dict[str, Tensor], begin: int, end: int) -> None:
         """Let the tokens of one call see what a method wants them to see."""

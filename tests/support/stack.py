@@ -37,6 +37,7 @@ class Turn:
     """One call that brought a prompt.
 
     Attributes:
+        begin: the place in the unpadded sequence at which it began.
         places: its tokens in the sequence that entered the decoder.
         layouts: where the tokens of its images and videos lie, newline tokens left out.
         totals: their number, per image or video.
@@ -44,6 +45,7 @@ class Turn:
         survivors: layer of an event -> places alive after it.
     """
 
+    begin: int
     places: Tensor
     layouts: tuple[Layout, ...]
     totals: tuple[int, ...]
@@ -250,10 +252,11 @@ class Stack:
             hidden=hidden[0, own],
             candidates=candidates,
             origin=number[places],
-            media=media[places] - first,
+            media=torch.where(media[places] >= 0, media[places] - first, -1),
             total=len(visual),
             media_totals=turn.totals,
             last=len(own) - 1,
+            places=self.sequence.slots[own] - turn.begin,
             layouts=turn.layouts,
             attention=self._view(request, index, own, int(turn.places[0]), hidden, kwargs),
             embeds=self.sequence.embeds[own] if "embeds" in needs else None,

@@ -144,7 +144,7 @@ class Detour(LayerBypass):
         )
 
     def decode_route(self, normed: Tensor, layer: int) -> Tensor | None:
-        return normed[:, 0] > 0
+        return normed[:, 0].clamp_min(0.0)
 
     def keep_counts(self, visual: int, text: int, depth: int, images: int = 1) -> list[int] | None:
         return None
@@ -168,7 +168,7 @@ def compare(mine: Given, theirs: Given, close: float) -> None:
     """Check that a method was given the same twice."""
     (layer, tokens, attention, values), (other_layer, others, other_attention, other_values) = mine, theirs
     assert layer == other_layer
-    for name in ("candidates", "origin", "media", "total", "media_totals", "last_token", "question"):
+    for name in ("candidates", "origin", "media", "total", "media_totals", "last_token", "question", "places"):
         one, two = getattr(tokens, name), getattr(others, name)
         assert one.tolist() == two.tolist() if isinstance(one, Tensor) else one == two, name
     assert len(tokens.layouts) == len(others.layouts)
