@@ -1,0 +1,58 @@
+"""Token-level correlation: a case worked out by hand, and what must hold for any draw."""
+
+from __future__ import annotations
+
+import torch
+
+from mmfast.registry import get
+from mmfast.tokens import VisualTokens
+
+KEYS = torch.tensor([[1.0, 0.0, 0.0]] * 6 + [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+SHALLOW = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.05, 0.07])
+DEEP = torch.tensor([0.01, 0.02, 0.01, 0.02, 0.01, 0.02, 0.9, 0.02])
+
+
+def tokens(index: int = 0) -> VisualTokens:
+    found = VisualTokens.from_features(torch.ones(8, 2), keys=KEYS, shallow=SHALLOW, deep=DEEP)
+    return VisualTokens(found.features, found.layout, index, found.signals)
+
+
+def test_the_quota_is_what_is_not_repeated() -> None:
+    """Six alike patches each repeat five others, more than an eighth of eight; two stand alone."""
+    decision = get("token_corr").method(deterministic=True)(tokens())
+    assert decision is not None
+    # The outlier of the deep block, then the best of the shallow one.
+    assert decision.indices.tolist() == [5, 6]
+
+
+def test_outliers_come_first_and_the_best_fill_up() -> None:
+    for kept, wanted in ((1, [6]), (3, [4, 5, 6]), (7, [0, 1, 2, 3, 4, 5, 6])):
+        decision = get("token_corr").method(keep=kept, deterministic=True)(tokens())
+        assert decision is not None
+        assert decision.indices.tolist() == wanted
+
+
+def test_draws_follow_from_the_seed_and_the_image() -> None:
+    def draw(seed: int, index: int = 0) -> list[int]:
+        decision = get("token_corr").method(keep=3, seed=seed)(tokens(index))
+        assert decision is not None
+        assert 6 in decision.indices
+        return decision.indices.tolist()
+
+    assert draw(0) == draw(0)
+    assert len({tuple(draw(seed)) for seed in range(20)}) > 3
+    assert len({tuple(draw(0, index)) for index in range(20)}) > 3
+
+
+def test_likely_patches_are_drawn_more_often() -> None:
+    drawn = torch.zeros(8)
+    for seed in range(400):
+        decision = get("token_corr").method(keep=2, seed=seed)(tokens())
+        assert decision is not None
+        drawn[decision.indices] += 1
+    # Shares of the shallow attention among the seven that are no outliers.
+    wanted = SHALLOW.clone()
+    wanted[6] = 0.0
+    wanted = 400 * wanted / wanted.sum()
+    wanted[6] = 400.0
+    assert (drawn - wanted).abs().max() < 45
