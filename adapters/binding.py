@@ -278,13 +278,15 @@ class Binding:
             if self.before is not None:
                 keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid)
             number_candidates(inner, keep)
+            inner.first_slots = valid.long().argmax(dim=1).tolist()
             if self.dropper is not None and length > 1:
                 inner.events = {
                     layer: event
                     for layer, event in self.events.items()
                     if any(self.dropper.drops(event, totals) for totals in inner.media_totals)
                 }
-        acts = inner.events or (visual and length > 1 and (self.bypass or self.mask) and self._sees_media(inner))
+        reroutes = self.mask is not None or (self.bypass is not None and bool(self.layers.bypassed))
+        acts = inner.events or (visual and length > 1 and reroutes and self._sees_media(inner))
         if not changed and not acts and not is_logical(cache):
             self.recorder.note_full(inner, valid)
             return None
@@ -364,6 +366,7 @@ class Binding:
                 reference,
                 pairs=pairs,
                 frequencies=self.adapter.rotary_frequencies() if self.calibrates else None,
+                window=getattr(self.adapter.text_config, "sliding_window", None),
             )
         self.layers.announce(inner)
 

@@ -148,6 +148,7 @@ class Inner:
         seen: logical tokens before this call.
         prompt_end: place of the last prompt token, where generated or drafted tokens follow it in the same call.
         base_shift: ``[B]`` int64 by which positions are lowered already; None = 0.
+        first_slots: ``[B]`` int64, place of the first real token of each row.
         undo: callbacks that end the call.
         selection_marks: begin and end marks of selections.
     """
@@ -174,6 +175,7 @@ class Inner:
     seen: int = 0
     prompt_end: int | None = None
     base_shift: Tensor | None = None
+    first_slots: list[int] = field(default_factory=list)
     undo: list[Any] = field(default_factory=list)
     selection_marks: list[tuple[Any, Any]] = field(default_factory=list)
     tables: dict[Any, Any] = field(default_factory=dict)
@@ -185,6 +187,10 @@ class Inner:
     def reads_at(self, layer: int) -> Level:
         """Return the level of the tokens that take part in a layer."""
         return self.routed.get(layer) or self.level_at(layer)
+
+    def first_slot(self, row: int) -> int:
+        """Return how much padding stands before a prompt."""
+        return self.first_slots[row] if self.first_slots else 0
 
     def remembered(self, key: Any, build: Any) -> Any:
         """Build a gathered table once per level."""

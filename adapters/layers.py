@@ -38,6 +38,11 @@ class LayerRunner:
         self.bypasser = None if bypass is None else Bypasser(adapter, bypass, recorder)
         self.recorder = recorder
 
+    @property
+    def bypassed(self) -> list[int]:
+        """Layers around which tokens may go."""
+        return [] if self.bypasser is None else self.bypasser.layers
+
     # ------------------------------------------------------------------- cache
 
     def announce(self, inner: Inner) -> None:

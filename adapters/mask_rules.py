@@ -20,6 +20,7 @@ def rewritten(
     *,
     pairs: LayerMask | None = None,
     frequencies: Tensor | None = None,
+    window: int | None = None,
 ) -> Any:
     """Write a mask out and change it.
 
@@ -30,13 +31,22 @@ def rewritten(
         reference: the cache layer that sizes the masks, before this call; None without a cache.
         pairs: a method that makes further pairs of tokens visible.
         frequencies: ``[d/2]`` rotary frequencies, to calibrate attention to merged tokens; None = do not.
+        window: the sliding window of layers that have one; further pairs do not reach beyond it.
 
     Returns:
         An additive mask ``[B, 1, K, past + K]``, or a mapping of such.
     """
     if isinstance(mask, Mapping):
         return {
-            kind: rewritten(value, inner, embeds, reference, pairs=pairs, frequencies=frequencies)
+            kind: rewritten(
+                value,
+                inner,
+                embeds,
+                reference,
+                pairs=pairs,
+                frequencies=frequencies,
+                window=window if kind == "sliding_attention" else None,
+            )
             for kind, value in mask.items()
         }
     level = inner.levels[0]
@@ -47,7 +57,7 @@ def rewritten(
     # The decoder sizes masks by the logical length; what is stored stands at the right.
     visible = visible[..., -(stored + length) :]
     if pairs is not None:
-        _add_pairs(visible, pairs, inner, stored)
+        _add_pairs(visible, pairs, inner, window)
     bias = torch.zeros(visible.shape, dtype=torch.float32, device=device)
     if frequencies is not None:
         bias += _calibration(inner, reference, frequencies, device)
@@ -66,9 +76,11 @@ def _visible(mask: Tensor | None, batch: int, length: int, stored: int, device: 
     return visible
 
 
-def _add_pairs(visible: Tensor, method: LayerMask, inner: Inner, stored: int) -> None:
+def _add_pairs(visible: Tensor, method: LayerMask, inner: Inner, window: int | None) -> None:
     level = inner.levels[0]
     length, device = level.length, visible.device
+    # The tokens of this call are the last columns, however many a layer stores.
+    stored = visible.shape[-1] - length
     slots = level.slots.cpu()
     for row, parts in enumerate(inner.segments):
         real = torch.ones(length, dtype=torch.bool) if level.real is None else level.real[row].cpu()
@@ -79,7 +91,12 @@ def _add_pairs(visible: Tensor, method: LayerMask, inner: Inner, stored: int) ->
         text = text[~torch.isin(text, torch.cat(media))] if media else text
         for rows, columns in method.visible(media, text):
             own_rows, own_columns = (places[places >= 0] for places in (place_of[rows], place_of[columns]))
-            visible[row, 0, own_rows[:, None].to(device), stored + own_columns[None, :].to(device)] = True
+            allowed = torch.ones(own_rows.numel(), own_columns.numel(), dtype=torch.bool)
+            if window is not None:
+                allowed = slots[row, own_columns][None, :] > slots[row, own_rows][:, None] - window
+            seen = visible[row, 0]
+            places = own_rows[:, None].to(device), stored + own_columns[None, :].to(device)
+            seen[places] = seen[places] | allowed.to(device)
 
 
 def _calibration(inner: Inner, reference: Any, frequencies: Tensor, device: torch.device) -> Tensor:

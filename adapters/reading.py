@@ -175,7 +175,7 @@ class Reader:
                     total=sum(totals),
                     media_totals=totals,
                     last=int((alive <= ends[row]).sum()) - 1,
-                    places=own_slots.to(device),
+                    places=(own_slots - inner.first_slot(row)).to(device),
                     layouts=inner.layouts[row],
                     attention=_view(reading.capture, row, own_slots, whole),
                     embeds=None if inner.embeds is None else inner.embeds[row, own_slots.to(inner.embeds.device)],

@@ -64,10 +64,6 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
     dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
     bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
     mask: LayerMask | None = only(plan, "in_llm", LayerMask)
-    if bypass is not None and bypass.positions == "compact":
-        raise ValueError(
-            f"method {bypass.name!r}: positions='compact' is not possible where tokens only go around layers; use 'keep'"
-        )
     masked: list[Method] = [] if mask is None else [mask]
     if bypass is not None and bypass.bypass == "freeze":
         masked.append(bypass)

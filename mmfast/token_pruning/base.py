@@ -91,6 +91,13 @@ class Method(ABC):
     reads_question: ClassVar[bool] = False
     """Whether the text decides what survives: in later turns the choice of the first question stays."""
 
+    def __post_init__(self) -> None:
+        """Check the options; subclasses call this first."""
+
+    def notice(self, depth: int) -> str:
+        """Say what a user should know about these options in a model of ``depth`` layers; empty for nothing."""
+        return ""
+
     def vision_signals(self) -> Mapping[str, VisionSignal]:
         """Name the tensors of the vision encoder this method reads; they arrive under these names."""
         return {}

@@ -164,10 +164,6 @@ class LayerDropper(Method):
         """Say which attention the event needs; None for none."""
         return None
 
-    def notice(self, depth: int) -> str:
-        """Say what a user should know about these options in a model of ``depth`` layers; empty for nothing."""
-        return ""
-
     @abstractmethod
     def counts(self, total: int, depth: int, images: int = 1) -> list[int] | None:
         """Say how many of ``total`` visual tokens are left after each event, non-increasing.
@@ -448,11 +444,6 @@ class LayerBypass(Method):
     routes_decode: ClassVar[bool] = False
     """Whether generated tokens may go around layers too; they leave nothing in the caches of those."""
 
-    positions: Positions = None
-
-    def __post_init__(self) -> None:
-        check_choice("positions", self.positions, [None, "keep", "compact"])
-
     @abstractmethod
     def layers_of(self, depth: int) -> list[int]:
         """Say which layers have a bypass, ascending.
@@ -481,10 +472,6 @@ class LayerBypass(Method):
             adds; None = 1 for all.
         """
         return None
-
-    def notice(self, depth: int) -> str:
-        """Say what a user should know about these options in a model of ``depth`` layers; empty for nothing."""
-        return ""
 
     @abstractmethod
     def keep_counts(self, visual: int, text: int, depth: int, images: int = 1) -> list[int] | None:

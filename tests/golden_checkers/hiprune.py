@@ -11,9 +11,7 @@ from mmfast.tokens import Layout, VisualTokens
 
 def check(case: dict[str, np.ndarray]) -> None:
     """Compare image by image; column 0 of the attention is the class token's."""
-    middle, deep = (
-        torch.from_numpy(case[f"received_attention_{name}_layer"])[:, 1:] for name in ("object", "deep")
-    )
+    middle, deep = (torch.from_numpy(case[f"received_attention_{name}_layer"])[:, 1:] for name in ("object", "deep"))
     total = middle.shape[1]
     side = round(total**0.5)
     method = get("hiprune").method(keep=int(case["k"]), alpha=float(case["alpha"]), compat="official")

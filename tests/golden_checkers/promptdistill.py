@@ -13,10 +13,12 @@ from mmfast.token_pruning.in_llm.promptdistill import smoothed
 def check(case: dict[str, np.ndarray]) -> None:
     """Select prompt by prompt from the logits of each stage, over all prompt tokens as the official code does."""
     hidden, mask = torch.from_numpy(case["hidden_states"]), torch.from_numpy(case["attention_mask"]).bool()
-    depth, stages = len(case["cache_len"]), len(case["selection_layers"])
+    depth = len(case["cache_len"])
+    # Behind the last layer there is nothing to shorten.
+    events = [int(layer) + 1 for layer in case["selection_layers"] if int(layer) + 1 < depth]
     lengths = [hidden.shape[1]]
     kept = [torch.arange(hidden.shape[1]) for _ in range(len(hidden))]
-    for stage in range(stages):
+    for stage in range(len(events)):
         logits = torch.from_numpy(case[f"selection_logits_{stage}"])
         longest = 0
         for row, end in enumerate(case["prompt_ends"].tolist()):
@@ -34,11 +36,12 @@ def check(case: dict[str, np.ndarray]) -> None:
         states = hidden[row, places].numpy()
         np.testing.assert_allclose(states, case["final_hidden_in"][row, :count], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(places.numpy(), case["final_position_ids"][row, :count])
-    _caches(case, depth, lengths)
+    if events:
+        _caches(case, events, lengths)
 
 
-def _caches(case: dict[str, np.ndarray], depth: int, lengths: list[int]) -> None:
-    events = [int(layer) + 1 for layer in case["selection_layers"]]
+def _caches(case: dict[str, np.ndarray], events: list[int], lengths: list[int]) -> None:
+    depth = len(case["cache_len"])
     stored = [lengths[sum(event <= layer for event in events)] for layer in range(depth)]
     method = get("promptdistill").method(
         layers=tuple(events),

@@ -38,7 +38,7 @@ def steps(case: dict[str, np.ndarray], name: str, *, compact: bool) -> None:
     layers = [int(layer) + 1 for layer in case["prune_layers"]]
     method: SparseVLM = get(name).method(
         layers=tuple(layers),
-        schedule=tuple(int(count) for count in case["schedule"]),
+        schedule=tuple(min(int(count), visual) for count in case["schedule"]),
         schedule_of=visual,
         positions="compact" if compact else "keep",
     )

@@ -32,9 +32,7 @@ def check(case: dict[str, np.ndarray]) -> None:
         # The official code appends the mean; here it stands where its last token stood.
         mean = int(decision.source[~torch.isin(torch.arange(total), best)][0])
         order = [place for place in range(out) if place != mean] + [mean]
-        np.testing.assert_allclose(
-            decision.features[order].numpy(), case["out_features"][row], atol=1e-5, rtol=1e-5
-        )
+        np.testing.assert_allclose(decision.features[order].numpy(), case["out_features"][row], atol=1e-5, rtol=1e-5)
         method = get("trim").method(keep=out, relevance="clip")
         chosen = method(tokens)
         assert chosen is not None

@@ -53,11 +53,19 @@ def check_trial(trial: Trial, batch: Batch, attention: str = "sdpa") -> None:
 
 @every_family
 @pytest.mark.parametrize("asks", REQUESTS.values(), ids=REQUESTS.keys())
-@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
-def test_the_attention_asked_for_is_given(family: Family, asks: list[LayerRequest], attention: str) -> None:
-    if attention == FLASH and family.window:
-        return
-    check_trial(Trial(needs=frozenset({"attention"}), asks=tuple(asks)), mixed(family), attention)
+def test_the_attention_asked_for_is_given(family: Family, asks: list[LayerRequest]) -> None:
+    check_trial(Trial(needs=frozenset({"attention"}), asks=tuple(asks)), mixed(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(family, "eager") for family in FAMILIES.values()]
+    + [(family, FLASH) for family in FAMILIES.values() if not family.window],
+    ids=case_id,
+)
+def test_other_implementations_give_the_same_attention(family: Family, attention: str) -> None:
+    asks = (LayerRequest(0), LayerRequest(3, ahead=True, values=True), LayerRequest(3, rotary=False))
+    check_trial(Trial(needs=frozenset({"attention"}), asks=asks), mixed(family), attention)
 
 
 @every_family

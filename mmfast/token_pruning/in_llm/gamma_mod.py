@@ -37,8 +37,8 @@ class GammaMoD(LayerBypass):
     the others pass unchanged. That is the paper's rule, which leaves the count to the data, may skip
     text as well, and lets a generated token with p below one half skip a layer. With ``keep`` all text
     and everything generated take part, as the text of the question does in training, and of the visual
-    tokens those of the largest p. The official code renumbers positions in each converted layer
-    (``positions="compact"``). Without ``weights`` the router is random (mechanics only).
+    tokens those of the largest p. The official code renumbers positions in each converted layer; here tokens
+    keep theirs. Without ``weights`` the router is random (mechanics only).
 
     Weights: ``router.weight`` ``[2, D]``; row 1 is "take part".
 
