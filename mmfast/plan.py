@@ -201,14 +201,14 @@ class Plan:
                 if before.keep is None or before.fits_grid:
                     return None
                 entered = shared_count(entered, images, before.keep_count)
-        alive: list[int] | None = [entered + text] * shape.layers
-        attending, mode = alive, "skip"
+        alive = [entered + text] * shape.layers
         for method in self.at("in_llm"):
             if isinstance(method, LayerDropper):
-                alive = method.keep_counts(entered, text, shape.layers, images)
-                if alive is None:
+                left = method.keep_counts(entered, text, shape.layers, images)
+                if left is None:
                     return None
-                attending = alive
+                alive = left
+        attending, mode = alive, "skip"
         for method in self.at("in_llm"):
             if isinstance(method, LayerBypass):
                 taking_part = method.keep_counts(entered, text, shape.layers, images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any
 
@@ -78,8 +79,7 @@ def _list(listed: list[mmfast.MethodInfo]) -> None:
         for info in listed
     ]
     # Where ten columns do not fit, several tables with fewer do.
-    wide, places = range(10), [range(8), (0, 8, 9)]
-    parts = [wide] if console.width >= _WIDE else places
+    parts: list[Sequence[int]] = [range(10)] if console.width >= _WIDE else [range(8), (0, 8, 9)]
     if console.width < _NARROW:
         parts = [(0, 1, 2, 6, 7), (0, 3), (0, 4, 5), (0, 8, 9)]
     for part in parts:

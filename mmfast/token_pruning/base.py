@@ -63,7 +63,8 @@ class VisionSignal:
             ``"received_attention"`` ``[N]``: mean over heads and all queries of what a token receives;
             ``"keys"``, ``"queries"`` ``[N, d]``: without heads averaged or joined, see ``heads``;
             ``"patch_features"`` ``[N, C]``: output of a block; ``"cls_features"`` ``[tiles, C]``: the same
-            of the class tokens, in the order of ``layout.tiles()``. All float32 but features, which keep the model's dtype.
+            of the class tokens, in the order of ``layout.tiles()``. All float32 but features, which keep the
+            model's dtype.
         layer: the block, 0-based: an index, a relative depth (float in (0, 1)), ``"features"`` for the
             block whose output the model uses as features, or ``"last"``.
         heads: average the heads (``"mean"``), add them up (``"sum"``) or join them (``"join"``: keys and
@@ -91,7 +92,7 @@ class Method(ABC):
     reads_question: ClassVar[bool] = False
     """Whether the text decides what survives: in later turns the choice of the first question stays."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 - where there is nothing to check, nothing is checked
         """Check the options; subclasses call this first."""
 
     def notice(self, depth: int) -> str:

@@ -66,6 +66,8 @@ class LayerTokens:
         media_totals: the same per image or video.
         last: position in ``hidden`` of the last prompt token; None = the last of ``hidden``.
         places: ``[n]`` int64, place of each token in the prompt before anything was dropped; None = as they stand.
+        visual: ``[U]`` int64, positions in ``hidden`` of all visual tokens, where ``candidates`` are those of
+            one image only; None = they are the candidates.
         layouts: per image or video, where the tokens that entered lie (index it with ``origin`` less
             the totals of the images before); empty where not known.
         attention: attention of the layer asked for in ``request``; else None.
@@ -86,6 +88,7 @@ class LayerTokens:
     media_totals: tuple[int, ...]
     last: int | None = None
     places: Tensor | None = None
+    visual: Tensor | None = None
     layouts: tuple[Layout, ...] = ()
     attention: AttentionView | None = None
     embeds: Tensor | None = None
@@ -113,11 +116,12 @@ class LayerTokens:
         """
         device = self.candidates.device
         end = self.last_token + 1
-        start = int(self.candidates[-1]) + 1 if self.candidates.numel() else 0
+        visual = self.candidates if self.visual is None else self.visual
+        start = int(visual[-1]) + 1 if visual.numel() else 0
         if start < end:
             return torch.arange(start, end, device=device)
         text = torch.ones(end, dtype=torch.bool, device=device)
-        text[self.candidates[self.candidates < end]] = False
+        text[visual[visual < end]] = False
         found = text.nonzero().squeeze(-1)
         return found if found.numel() else torch.tensor([end - 1], device=device)
 
@@ -242,6 +246,7 @@ class LayerDropper(Method):
             own = replace(
                 tokens,
                 candidates=tokens.candidates[mine],
+                visual=tokens.candidates,
                 origin=tokens.origin[mine] - before,
                 media=torch.zeros_like(mine),
                 total=total,

@@ -115,8 +115,27 @@ def sum_by_group(features: Tensor, group: Tensor, groups: int) -> Tensor:
     return member.float() @ features.float()
 
 
+def outliers(values: Tensor, factor: float = 1.5) -> Tensor:
+    """Say which values lie above the upper quartile by more than ``factor`` interquartile ranges.
+
+    Args:
+        values: any shape, at least one entry.
+        factor: how many interquartile ranges.
+
+    Returns:
+        bool, of the shape of ``values``.
+
+    Example:
+        >>> outliers(torch.tensor([1.0, 2.0, 3.0, 4.0, 50.0])).tolist()
+        [False, False, False, False, True]
+    """
+    exact = values.float()
+    lower, upper = torch.quantile(exact.flatten(), exact.new_tensor([0.25, 0.75]))
+    return exact > upper + factor * (upper - lower)
+
+
 def outlier_share(values: Tensor, factor: float = 1.5) -> float:
-    """Return the share of values above the upper quartile by more than ``factor`` interquartile ranges.
+    """Return the share of :func:`outliers` among values.
 
     Args:
         values: any shape, at least one entry.
@@ -126,9 +145,7 @@ def outlier_share(values: Tensor, factor: float = 1.5) -> float:
         >>> outlier_share(torch.tensor([1.0, 2.0, 3.0, 4.0, 50.0]))
         0.2
     """
-    flat = values.float().flatten()
-    lower, upper = torch.quantile(flat, flat.new_tensor([0.25, 0.75]))
-    return int((flat > upper + factor * (upper - lower)).sum()) / flat.numel()
+    return int(outliers(values, factor).sum()) / values.numel()
 
 
 def merged_keep(

@@ -56,3 +56,39 @@ def test_likely_patches_are_drawn_more_often() -> None:
     wanted = 400 * wanted / wanted.sum()
     wanted[6] = 400.0
     assert (drawn - wanted).abs().max() < 45
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_outliers_beyond_the_count_go_by_the_deep_block(deterministic: bool) -> None:
+    deep = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.7, 0.9, 0.8])
+    found = VisualTokens.from_features(torch.ones(10, 2), keys=torch.eye(10), shallow=torch.ones(10), deep=deep)
+    decision = get("token_corr").method(keep=2, deterministic=deterministic)(found)
+    assert decision is not None
+    assert decision.indices.tolist() == [8, 9]
+
+
+def test_a_blank_page_keeps_one_token() -> None:
+    same = {"keys": torch.ones(9, 4), "shallow": torch.full((9,), 0.1), "deep": torch.full((9,), 0.1)}
+    decision = get("token_corr").method()(VisualTokens.from_features(torch.ones(9, 2), **same))
+    assert decision is not None
+    assert len(decision) == 1
+
+
+def test_patches_without_weight_are_drawn_last() -> None:
+    weights = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    for seed in range(50):
+        best = sampling_keys(weights, seed).sort(descending=True).indices[:2]
+        assert sorted(best.tolist()) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": 1.0}, "similarity=1.0 must lie in"),
+        ({"repeats": 0.0}, "repeats=0.0 must lie in"),
+        ({"scope": "per_tile"}, "keep=None counts over the whole image"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get("token_corr").method(**options)

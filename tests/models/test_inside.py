@@ -15,8 +15,8 @@ from support.cases import CASES, case_id, mixed, one, two
 from support.checks import CLOSE, census, check_against_reference, first_logits
 from support.families import FAMILIES, Batch, Family
 from support.flash import FLASH, flash_on_cpu
-from support.trials import EVENTS, Detour, Trial, Window, compare
 from support.reference import expected
+from support.trials import EVENTS, Detour, Trial, Window, compare
 
 every_case = pytest.mark.parametrize(("family", "case"), CASES, ids=case_id)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)

@@ -16,9 +16,9 @@ from mmfast.token_pruning.layers import LayerRequest
 from support.cases import case_id
 from support.checks import CLOSE, FAR, Generated, generate
 from support.families import FAMILIES, Batch, Family
-from support.trials import EVENTS, Detour, Trial, Window
 from support.prompts import IMAGE, VOCABULARY, Media, Piece, left_padded, text, tokens
 from support.reference import expected
+from support.trials import EVENTS, Detour, Trial, Window
 
 BEFORE, INSIDE = "divprune(keep=0.4)", "fastv(keep=0.4)"
 BOTH = "uniform(keep=0.6) + pyramiddrop(keep=0.25)"

@@ -138,7 +138,8 @@ def joint_scores(own: Tensor, seen: Tensor) -> Tensor:
         >>> [round(value, 2) for value in joint_scores(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])).tolist()]
         [1.6, 0.8]
     """
-    return own / own.norm().clamp_min(1e-12) + seen / seen.norm().clamp_min(1e-12)
+    joint: Tensor = own / own.norm().clamp_min(1e-12) + seen / seen.norm().clamp_min(1e-12)
+    return joint
 
 
 def fitted(wanted: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:

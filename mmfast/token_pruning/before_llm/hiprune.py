@@ -77,7 +77,8 @@ def neighbours(places: Tensor, layout: Layout) -> Tensor:
     """
     if not layout.grid_known:
         around = torch.cat([places - 1, places + 1])
-        return around[(around >= 0) & (around < len(layout))].unique()
+        inside: Tensor = around[(around >= 0) & (around < len(layout))].unique()
+        return inside
     device, own = places.device, places.cpu()
     where = torch.stack([layout.frame, layout.tile, layout.row, layout.col], dim=-1)
     near = torch.zeros(len(layout), dtype=torch.bool)
@@ -96,4 +97,5 @@ def wrapped_neighbours(places: Tensor, layout: Layout) -> Tensor:
     """
     width = int(layout.col.max()) + 1 if layout.grid_known else 1
     around = torch.cat([places - 1, places + 1, places - width, places + width])
-    return around.clamp(0, len(layout) - 1).unique()
+    clamped: Tensor = around.clamp(0, len(layout) - 1).unique()
+    return clamped

@@ -103,7 +103,8 @@ def region_grid(row: Tensor, col: Tensor, size: tuple[int, int], grid: tuple[int
     """Cut a grid of tokens into equal regions; what does not divide goes to the last ones.
 
     Args:
-        row, col: ``[N]`` int64.
+        row: ``[N]`` int64.
+        col: ``[N]`` int64.
         size: rows and columns of tokens.
         grid: rows and columns of regions.
 

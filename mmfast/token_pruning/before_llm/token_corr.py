@@ -117,7 +117,8 @@ def outliers(values: Tensor, factor: float = 1.5) -> Tensor:
         [False, False, False, False, True]
     """
     lower, upper = torch.quantile(values.float(), values.new_tensor([0.25, 0.75], dtype=torch.float32))
-    return values > upper + factor * (upper - lower)
+    found: Tensor = values > upper + factor * (upper - lower)
+    return found
 
 
 def sampling_keys(weights: Tensor, *seeds: int) -> Tensor:

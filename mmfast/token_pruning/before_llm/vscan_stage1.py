@@ -18,7 +18,9 @@ _WINDOWS = 4
 """Windows per side: 4 x 4 of 6 x 6 patches in a grid of 24 x 24."""
 
 
-@register("vscan_stage1", stage="before_llm", paper="arXiv 2505.22654", source="Tencent/SelfEvolvingAgent", vectors=True)
+@register(
+    "vscan_stage1", stage="before_llm", paper="arXiv 2505.22654", source="Tencent/SelfEvolvingAgent", vectors=True
+)
 @dataclass(frozen=True)
 class VScanStage1(Merger):
     """Keep half of the budget window by window, half over the whole image, and merge what is dropped.
