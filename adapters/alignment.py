@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "transformer.layers", "layers")
+_PLAIN = frozenset({"clip_vision_model", "siglip_vision_model"})
 _CLASS_TOKENS = ("class_embedding", "cls_token")
 
 
@@ -34,6 +35,11 @@ def has_class_token(tower: Any) -> bool:
     """Say whether a vision encoder puts a class token before the patches."""
     embeddings = getattr(tower, "embeddings", None)
     return any(getattr(embeddings, name, None) is not None for name in _CLASS_TOKENS)
+
+
+def is_plain(tower: Any) -> bool:
+    """Say whether a vision encoder is a stack of blocks over ``[B, n, C]``, without windows or rotary positions."""
+    return getattr(tower.config, "model_type", None) in _PLAIN
 
 
 def pool_grid(patches: Tensor, height: int, width: int, factor: int) -> Tensor:

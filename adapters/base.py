@@ -56,6 +56,8 @@ class Adapter:
         can_compact: positions may be renumbered; not so with multi-dimensional RoPE. See also ``slides``.
         masks_before_decoder: the family builds 4-D masks before it calls its decoder.
         no_layer_drops: why tokens cannot be dropped between layers; empty where they can.
+        merges_in_encoder: patches become visual tokens one by one, so that the encoder may merge some of them.
+        packs_patches: the vision encoder takes the patches of all images in one sequence, and their grids.
         signals: names of the signals the family can give to methods.
     """
 
@@ -63,6 +65,8 @@ class Adapter:
     can_compact: ClassVar[bool] = True
     masks_before_decoder: ClassVar[bool] = False
     no_layer_drops: ClassVar[str] = ""
+    merges_in_encoder: ClassVar[bool] = False
+    packs_patches: ClassVar[bool] = False
     signals: ClassVar[frozenset[str]] = frozenset(
         {
             "cls_attention",
@@ -279,6 +283,14 @@ class Adapter:
             ValueError: if they cannot be brought together.
         """
         return align_tiles(maps, features)
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """Return the side of the square of patches that becomes one visual token; None where pictures cannot be resized."""
+        return None
+
+    def tiles_per_item(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """Return how many tiles of the vision encoder make up one image or video."""
+        return 1
 
     def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
         """Say whether the projector turns the output of the feature block into embeddings, token by token."""

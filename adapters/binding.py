@@ -20,6 +20,7 @@ from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_unsupported
 from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.encoder import add_groups, settled
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.mask_rules import rewritten
@@ -36,6 +37,7 @@ from mmfast.adapters.media import (
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
+from mmfast.adapters.resizing import shrinker
 from mmfast.adapters.vision import VisionReader
 from mmfast.plan import Plan
 from mmfast.report import Report
@@ -64,6 +66,7 @@ class Binding:
     """
 
     def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False) -> None:
+        plan = settled(adapter, plan)
         self.adapter = adapter
         self.plan = plan
         self.before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
@@ -163,6 +166,7 @@ class Binding:
         """Note the layout of every image and video the model encodes."""
         signature = inspect.signature(original)
         reader = VisionReader(self.adapter, modality, self.plan.methods)
+        shrinking = shrinker(self.adapter, modality, self.before)
 
         @wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -174,8 +178,10 @@ class Binding:
             begin = self.recorder.watch.mark()
             self._encoding = True
             try:
-                with reader.reading(arguments) as reading:
+                # In this order: what is read of a block is what it gave before anything is merged.
+                with reader.reading(arguments) as reading, shrinking.at_work(arguments) as shrunk:
                     output = original(*args, **kwargs)
+                    reading.expand = shrunk.expand
             finally:
                 self._encoding = False
             self.recorder.add_vision(begin, self.recorder.watch.mark())
@@ -185,6 +191,7 @@ class Binding:
             features = items_of(output)
             layouts = self.adapter.layouts(modality, arguments, features)
             layouts = reader.describe(reading, arguments, features, layouts)
+            add_groups(self.adapter, modality, arguments, features, shrunk, layouts)
             tag(output, layouts)
             if self.outer is not None:
                 self.outer.layouts[modality] = layouts

@@ -7,23 +7,25 @@ projector, the packing and the model's own checks, meets as many features as eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mmfast.adapters.alignment import is_plain
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.ledger import Ledger
-from mmfast.token_pruning.base import BeforeLLM
+from mmfast.adapters.media import Described
+from mmfast.plan import Plan
+from mmfast.token_pruning.base import BeforeLLM, VisionSignal
 from mmfast.token_pruning.encoder_base import EncoderMerger, EncoderTokens, merge_rows
 
-PLAIN_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
-"""Encoders that are a stack of pre-norm blocks over ``[B, n, C]``, without windows or rotary positions."""
+GROUPS_SIGNAL = VisionSignal("groups")
 _STAGE = "_mmfast_stage"
 _CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -75,9 +77,8 @@ def _obstacle(adapter: Adapter) -> str:
         if not adapter.merges_in_encoder:
             return "neighbouring patches are joined, or tiles are put together, behind the vision encoder"
         tower = adapter.tower(modality)
-        kind = getattr(tower.config, "model_type", type(tower).__name__)
-        if kind not in PLAIN_TOWERS:
-            return f"its vision encoder {kind!r} is no plain stack of blocks"
+        if not is_plain(tower):
+            return f"its vision encoder {type(tower).__name__} is no plain stack of blocks"
         if adapter.feature_block(modality, {}) == 0:
             return "it uses the features of the first block of its vision encoder"
         implementation = tower.config._attn_implementation
@@ -87,6 +88,63 @@ def _obstacle(adapter: Adapter) -> str:
                 "(load the model with attn_implementation='sdpa' or 'eager')"
             )
     return ""
+
+
+def settled(adapter: Adapter, plan: Plan) -> Plan:
+    """Decide in the plan what its methods leave to the model.
+
+    Raises:
+        ValueError: as :func:`resolved`.
+    """
+    methods = [resolved(adapter, method) if isinstance(method, BeforeLLM) else method for method in plan.methods]
+    return Plan(tuple(methods))
+
+
+class Shrinker(Protocol):
+    """Runs the vision encoder on fewer tokens, for one modality."""
+
+    def at_work(self, arguments: Mapping[str, Any]) -> AbstractContextManager[Shrunk]:
+        """Do so as long as the context lasts.
+
+        Args:
+            arguments: arguments of ``get_{modality}_features`` by name.
+        """
+
+
+class Untouched:
+    """Leave the encoder alone."""
+
+    @contextmanager
+    def at_work(self, arguments: Mapping[str, Any]) -> Iterator[Shrunk]:
+        """Do nothing."""
+        yield Shrunk()
+
+
+def add_groups(
+    adapter: Adapter,
+    modality: str,
+    arguments: Mapping[str, Any],
+    features: Sequence[Tensor],
+    shrunk: Shrunk,
+    described: Described,
+) -> None:
+    """Note beside the layouts which visual tokens share a token of the encoder.
+
+    Args:
+        adapter: the adapter of the model.
+        modality: ``"image"`` or ``"video"``.
+        arguments: arguments of the encoding call by name.
+        features: what it returned, one ``[n, D]`` tensor per item.
+        shrunk: what was done to the tokens.
+        described: the layouts, with all else that was read.
+    """
+    parts = shrunk.token_groups
+    if shrunk.groups is not None:
+        # Whole numbers survive the average over the patches of a token, which all have the same.
+        aligned = adapter.align(modality, arguments, shrunk.groups.double()[..., None], features)
+        parts = [part[:, 0].round().long() for part in aligned]
+    for place, part in enumerate(parts or []):
+        described.signals[place][GROUPS_SIGNAL] = part
 
 
 class EncoderMerging:
@@ -140,7 +198,7 @@ class _Call(Shrunk):
         self.first = int(adapter.class_token(modality))
         self.class_stays = bool(self.first) and adapter.keeps_class_token(modality, arguments)
         self.frames = adapter.tiles_per_item(modality, arguments)
-        self.grid = adapter.patch_grid(modality, arguments)
+        self.grid = (0, 0)
         self.left: dict[int, int] = {}
         # Per stage, [B, places] int64: the token of that stage each place went into. Stage 0 is before all merging.
         self.sources: list[Tensor] = []
@@ -149,6 +207,7 @@ class _Call(Shrunk):
 
     def hook(self, ledger: Ledger) -> None:
         """Enter the hooks."""
+        ledger.hook(self.tower.register_forward_pre_hook(self._enter, with_kwargs=True))
         for index, block in enumerate(self.blocks):
             ledger.hook(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
         for index in range(self.feature_block):
@@ -156,6 +215,9 @@ class _Call(Shrunk):
             ledger.hook(block.self_attn.k_proj.register_forward_hook(self._note_keys))  # type: ignore[union-attr, operator]
             ledger.hook(block.register_forward_hook(self._after(index)))
         ledger.hook(self.tower.register_forward_hook(self._leave))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.grid = patch_grid(self.tower, pixels_of(args, kwargs))
 
     # ------------------------------------------------------------------ between the blocks
 
@@ -168,7 +230,7 @@ class _Call(Shrunk):
             setattr(hidden, _STAGE, len(self.sources) - 1)
             if not self.mask.numel():
                 return None
-            mask = self.mask.to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
+            mask = self.mask.expand(-1, -1, hidden.shape[1], -1)
             if len(args) > 1:
                 return (args[0], mask, *args[2:]), kwargs
             return args, {**kwargs, "attention_mask": mask}
@@ -224,17 +286,16 @@ class _Call(Shrunk):
         self.lengths = torch.tensor([len(row) for row in rows])
         self.sizes = pad_sequence(sizes, batch_first=True)
         self.sources.append(torch.stack(sources))
-        self.mask = self._new_mask()
+        self.mask = self._new_mask(states.dtype)
         return pad_sequence(rows, batch_first=True)
 
-    def _new_mask(self) -> Tensor:
+    def _new_mask(self, dtype: torch.dtype) -> Tensor:
         """Return ``[B, 1, 1, n]`` to add to the attention logits; empty where there is nothing to add."""
         padding = self.sizes == 0
         if not self.method.weighs and not bool(padding.any()):
             return torch.empty(0)
         weight = self.sizes.clamp_min(1).log() if self.method.weighs else torch.zeros_like(self.sizes)
-        # The least number of the narrowest type, which no logit makes positive again.
-        return weight.masked_fill(padding, torch.finfo(torch.float16).min)[:, None, None]
+        return weight.to(dtype).masked_fill(padding, torch.finfo(dtype).min)[:, None, None]
 
     # ---------------------------------------------------------------------- behind the encoder
 
@@ -253,7 +314,7 @@ class _Call(Shrunk):
         if states is None:
             return None
         stage = getattr(states, _STAGE, len(self.sources) - 1)
-        found = _gathered(states, self.sources[stage])
+        found = gathered(states, self.sources[stage])
         if not self.several or stage == len(self.sources) - 1:
             return found
         # Features of several blocks are joined: each has to be that of the tokens there are in the end.
@@ -266,11 +327,30 @@ class _Call(Shrunk):
         """As in the base."""
         source = self.sources[self.stage_of[block]]
         if rows.shape[1] == int(source.max()) + 1:
-            return _gathered(rows, source)
+            return gathered(rows, source)
         # Signals that only patches have come without the class token.
-        return _gathered(rows, source[:, self.first :] - self.first)
+        return gathered(rows, source[:, self.first :] - self.first)
 
 
-def _gathered(states: Tensor, source: Tensor) -> Tensor:
+def pixels_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the pixels ``[B, 3, H, W]`` an encoder is called with."""
+    pixels: Tensor = args[0] if args else kwargs["pixel_values"]
+    return pixels
+
+
+def patch_size(tower: Any) -> tuple[int, int]:
+    """Return height and width of a patch in pixels."""
+    size = tower.config.patch_size
+    high, wide = (size, size) if isinstance(size, int) else size
+    return int(high), int(wide)
+
+
+def patch_grid(tower: Any, pixels: Tensor) -> tuple[int, int]:
+    """Return rows and columns of patches."""
+    high, wide = patch_size(tower)
+    return pixels.shape[-2] // high, pixels.shape[-1] // wide
+
+
+def gathered(states: Tensor, source: Tensor) -> Tensor:
     """Gather rows ``[B, n, C]`` by ``[B, places]``."""
     return states.gather(1, source.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))

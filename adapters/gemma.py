@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmfast.adapters.alignment import is_plain
 from mmfast.adapters.base import Adapter, family
 
 
@@ -15,6 +16,11 @@ class PaliGemma(Adapter):
     """One square grid per image at the head of the prompt, attended to in both directions."""
 
     masks_before_decoder = True
+    merges_in_encoder = True
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """A patch is a token."""
+        return 1 if is_plain(self.tower(modality)) else None
 
     def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
         """The projector sees single patches."""
@@ -30,6 +36,10 @@ class Gemma3(Adapter):
     """Square grids; most layers look through a sliding window measured in original positions."""
 
     masks_before_decoder = True
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """Squares of patches are averaged."""
+        return int(self.base.multi_modal_projector.kernel_size) if is_plain(self.tower(modality)) else None
 
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Sliding and full layers have tables of their own."""

@@ -15,6 +15,10 @@ from mmfast.tokens import Layout
 class Idefics3(Adapter):
     """Each tile is one item; tags such as ``<row_1_col_1>`` are text and stay."""
 
+    def patches_per_side(self, modality: str) -> int | None:
+        """Squares of patches are joined."""
+        return int(self.model.config.scale_factor)
+
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Tell the tiles apart: some releases return the tiles of a whole prompt as one item."""
         return super().layouts(modality, arguments, self._tiles(features))

@@ -8,3 +8,7 @@ from mmfast.adapters.base import Adapter, family
 @family("internvl")
 class InternVL(Adapter):
     """Each tile is one item; the processor does not say which tiles make up an image."""
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """Squares of patches are joined."""
+        return round(1 / self.model.config.downsample_ratio)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmfast.adapters.alignment import is_plain
 from mmfast.adapters.base import Adapter, family
 from mmfast.tokens import Layout
 
@@ -14,6 +15,8 @@ from mmfast.tokens import Layout
 @family("llava", "vipllava")
 class Llava(Adapter):
     """The plain case: square images, unless the vision encoder takes images of native size, as Pixtral's does."""
+
+    merges_in_encoder = True
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Compute the grids from the image sizes, where they are given."""
@@ -26,6 +29,10 @@ class Llava(Adapter):
         """Images of native size stand in one sequence."""
         grids = self._grids(modality, arguments)
         return None if grids is None else [rows * cols for rows, cols in grids]
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """A patch is a token."""
+        return 1 if is_plain(self.tower(modality)) else None
 
     def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
         """VipLLaVA joins the features of several blocks; where it is one, the projector sees single patches."""

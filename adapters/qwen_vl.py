@@ -17,6 +17,11 @@ class QwenVL(Adapter):
     """Grids come with the inputs; positions have a time, a row and a column and stay as they are."""
 
     can_compact = False
+    packs_patches = True
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """Squares of patches are merged."""
+        return int(self.model.config.vision_config.spatial_merge_size)
 
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Read the grids, in patches before merging, from the arguments."""

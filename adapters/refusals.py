@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmfast.adapters.base import Adapter
+from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
@@ -52,6 +53,7 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
     Raises:
         ValueError: naming the method, what the model lacks, and what to do.
     """
+    check_resizing(adapter, plan)
     for method in plan.methods:
         _check_kind(method)
         _check_signals(adapter, method)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.adapters.alignment import is_plain
 from mmfast.adapters.base import Adapter, family, square_or_unknown
 from mmfast.adapters.llava_next import frames_per_video
 from mmfast.tokens import Layout
@@ -21,6 +22,8 @@ class VideoLlava(Adapter):
     where only patches have a value, the mean of its frame.
     """
 
+    merges_in_encoder = True
+
     def tower(self, modality: str) -> Any:
         """There is one encoder for images and one for videos."""
         return self.base.video_tower if modality == "video" else self.base.image_tower
@@ -28,6 +31,14 @@ class VideoLlava(Adapter):
     def keeps_class_token(self, modality: str, arguments: Mapping[str, Any]) -> bool:
         """Videos keep it."""
         return modality == "video" or super().keeps_class_token(modality, arguments)
+
+    def patches_per_side(self, modality: str) -> int | None:
+        """A patch is a token."""
+        return 1 if is_plain(self.tower(modality)) else None
+
+    def tiles_per_item(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """Frames are encoded one by one."""
+        return frames_per_video(arguments) if modality == "video" else 1
 
     def projectable(self, modality: str, arguments: Mapping[str, Any]) -> bool:
         """The projector sees single patches, unless it joins the features of several blocks."""

@@ -41,6 +41,8 @@ def check_signals(adapter: Adapter, method: Method) -> None:
             continue
         tower = adapter.tower(modality)
         for name, spec in wanted.items():
+            if spec.kind == "groups":
+                continue
             prefix = f"method {method.name!r}, signal {name!r}:"
             if spec.kind == "cls_features" and method.stage != "before_llm":
                 raise ValueError(f"{prefix} features of the class token are for methods before the LLM only")
@@ -106,10 +108,12 @@ class Reading:
         blocks: signal -> the block that serves it.
         pieces: signal -> ``[tiles, rows, C]``, one tensor per attention call; rows of the class token, where
             the signal has one, come first.
+        expand: gives every patch what its token has, where the encoder ran on fewer tokens.
     """
 
     blocks: dict[VisionSignal, int] = field(default_factory=dict)
     pieces: dict[VisionSignal, list[Tensor]] = field(default_factory=dict)
+    expand: Callable[[Tensor, int], Tensor] | None = None
 
     def rows(self, spec: VisionSignal) -> Tensor:
         """Join the pieces of one signal, which are images or frames inside one packed sequence.
@@ -123,7 +127,8 @@ class Reading:
                 f"the vision encoder did not show {spec.kind!r} of block {self.blocks[spec]}: it does not attend "
                 "through the attention interface of transformers; use a method that needs no such signal"
             )
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        rows = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return rows if self.expand is None else self.expand(rows, self.blocks[spec])
 
 
 class VisionReader:
@@ -138,7 +143,7 @@ class VisionReader:
     def __init__(self, adapter: Adapter, modality: str, methods: Sequence[Method]) -> None:
         self.adapter = adapter
         self.modality = modality
-        wanted = [spec for method in methods for spec in method.vision_signals().values()]
+        wanted = [spec for method in methods for spec in method.vision_signals().values() if spec.kind != "groups"]
         self.specs = tuple(dict.fromkeys(wanted))
         # A function and no method: what is kept beside the features may be copied, the model must not be.
         self._project = _projection(adapter)

@@ -34,7 +34,11 @@ from mmfast.adapters import prepare
 from mmfast.eval.datasets.shapes import Record, Shapes, score
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
-SEEDED = {"random", "random_in_llm"}
+SEEDED = {
+    "random": "random(keep={keep}, seed={seed})",
+    # Before the second of four layers, so that the baseline spans what schedules come to.
+    "random_in_llm": "random_in_llm(keep={keep}, layer=1, seed={seed})",
+}
 SEEDS = 3
 
 
@@ -70,7 +74,7 @@ def plans(info: mmfast.MethodInfo, keep: float) -> list[str]:
     if "keep" not in info.options:
         return [f"{info.name}()"]
     if info.name in SEEDED:
-        return [f"{info.name}(keep={keep}, seed={seed})" for seed in range(SEEDS)]
+        return [SEEDED[info.name].format(keep=keep, seed=seed) for seed in range(SEEDS)]
     return [f"{info.name}(keep={keep})"]
 
 

@@ -21,6 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 OUT = ROOT / "docs" / "images" / "accuracy.svg"
 PER_ROW = 8
 OWN, CHANCE = "#0b6e99", "#b0b0b0"
+LEAST = 8.0
+"""Fewer tokens than this, down to none at all, are drawn here."""
 
 
 def curve(cells: dict[str, Any]) -> tuple[list[float], list[float], list[float]]:
@@ -47,14 +49,18 @@ def draw(content: dict[str, Any]) -> plt.Figure:
         panel.axhline(full, color="black", linewidth=0.6, linestyle=":")
         for which, color, width in ((content["methods"][chance], CHANCE, 1.0), (cells, OWN, 1.6)):
             tokens, shares, widths = curve(which)
-            panel.errorbar(tokens, shares, yerr=widths, color=color, linewidth=width, marker="o", markersize=2.5)
+            places = [max(LEAST, value) for value in tokens]
+            panel.errorbar(places, shares, yerr=widths, color=color, linewidth=width, marker="o", markersize=2.5)
         panel.set_xscale("log", base=2)
+        panel.set_xlim(LEAST * 0.85, 310)
+        panel.set_xticks([16, 64, 256], ["16", "64", "256"])
+        panel.minorticks_off()
         panel.set_title(name, fontsize=8)
         panel.tick_params(labelsize=6)
         panel.grid(alpha=0.25, linewidth=0.4)
     for panel in list(panels.flat)[len(shown) :]:
         panel.axis("off")
-    figure.supxlabel("visual tokens per layer (of 256)", fontsize=9)
+    figure.supxlabel("visual tokens per layer (of 256; fewer than 8 stand at the left edge)", fontsize=9)
     figure.supylabel("exact match", fontsize=9)
     figure.suptitle(
         "Accuracy of the demo model against visual tokens per layer. Blue: the method. Grey: random dropping at the "

@@ -64,7 +64,8 @@ class VisionSignal:
             ``"keys"``, ``"queries"`` ``[N, d]``: without heads averaged or joined, see ``heads``;
             ``"patch_features"`` ``[N, C]``: output of a block; ``"cls_features"`` ``[tiles, C]``: the same
             of the class tokens, in the order of ``layout.tiles()``. All float32 but features, which keep the
-            model's dtype.
+            model's dtype. ``"groups"`` ``[N]`` int64: tokens with the same number share one token of the
+            encoder, where a method made it run on fewer.
         layer: the block, 0-based: an index, a relative depth (float in (0, 1)), ``"features"`` for the
             block whose output the model uses as features, or ``"last"``.
         heads: average the heads (``"mean"``), add them up (``"sum"``) or join them (``"join"``: keys and
@@ -72,7 +73,14 @@ class VisionSignal:
     """
 
     kind: Literal[
-        "cls_attention", "cls_logits", "received_attention", "keys", "queries", "patch_features", "cls_features"
+        "cls_attention",
+        "cls_logits",
+        "received_attention",
+        "keys",
+        "queries",
+        "patch_features",
+        "cls_features",
+        "groups",
     ]
     layer: int | float | Literal["features", "last"] = "features"
     heads: Literal["mean", "sum", "join"] = "mean"

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfast.token_pruning.base import Merger, check_choice
+from mmfast.token_pruning.base import Merger, VisionSignal, check_choice
 from mmfast.token_pruning.similarity import sum_by_group
 from mmfast.tokens import Layout, VisualTokens
 
@@ -55,6 +55,10 @@ class EncoderMerger(Merger):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("where", self.where, [None, "encoder", "output"])
+
+    def vision_signals(self) -> Mapping[str, VisionSignal]:
+        """Inside the encoder, ask which visual tokens share a token."""
+        return {GROUPS: VisionSignal("groups")} if self.where == "encoder" else {}
 
     @property
     def weighs(self) -> bool:

@@ -131,7 +131,8 @@ def outliers(values: Tensor, factor: float = 1.5) -> Tensor:
     """
     exact = values.float()
     lower, upper = torch.quantile(exact.flatten(), exact.new_tensor([0.25, 0.75]))
-    return exact > upper + factor * (upper - lower)
+    above: Tensor = exact > upper + factor * (upper - lower)
+    return above
 
 
 def outlier_share(values: Tensor, factor: float = 1.5) -> float:

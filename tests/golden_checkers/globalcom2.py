@@ -5,69 +5,60 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.token_pruning.before_llm.globalcom2 import crop_scales, crop_sums, enlarge, joint_scores
-from mmfast.token_pruning.before_llm.hired import region_grid
-from mmfast.token_pruning.similarity import highest_first
-from mmfast.tokens import Layout
+from mmfast.registry import get
+from mmfast.token_pruning.before_llm.globalcom2 import crop_scales, crop_sums, official_lines
+from mmfast.token_pruning.before_llm.hired import regions_of, whole_and_crops
+from mmfast.tokens import VisualTokens
+from support.anyres import anyres
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def check(case: dict[str, np.ndarray]) -> None:
-    """Choose with official counts, which are cut off tile by tile, and pack as the official code does."""
-    features, logits = torch.from_numpy(case["features"]), torch.from_numpy(case["cls_logits"])
-    columns, rows, side = (int(case[name]) for name in ("grid_cols", "grid_rows", "side"))
-    keep, crops = float(case["retention"]), rows * columns
-    thumbnail = highest_first(logits[0], int(side * side * keep))
+    """Lay the image out as it is left after unpadding, and run the method with the official counts and order."""
+    keep, side = float(case["retention"]), int(case["side"])
+    grid = int(case["grid_rows"]), int(case["grid_cols"])
+    layout, origin = anyres(grid, side, *_padding(case["orig_size_wh"], grid[0] * side, grid[1] * side))
+    features, logits = (torch.from_numpy(case[name]).flatten(0, 1)[origin] for name in ("features", "cls_logits"))
+    parts = whole_and_crops(layout)
+    assert parts is not None
+    scales = crop_scales(crop_sums(logits[parts[0]], regions_of(layout, parts[0]), len(parts[1])), keep)
+    np.testing.assert_allclose(scales.numpy(), case["crop_scales"], **TOLERANCE)
+    assert [crop.numel() for crop in parts[1]] == case["num_valid_per_crop"].tolist()
+
+    method = get("globalcom2").method(keep=keep, compat="official")
+    tokens = VisualTokens(features, layout, signals={"logits": logits})
+    thumbnail, *ranked = method.ranked(tokens, parts, method.keep_count(len(tokens)))
     np.testing.assert_array_equal(thumbnail.numpy(), case["thumb_keep_idx"])
-    layout = Layout.grid(side, side)
-    regions = region_grid(layout.row, layout.col, (side, side), (rows, columns))
-    scales = crop_scales(crop_sums(logits[0], regions, crops), keep)
-    np.testing.assert_allclose(scales.numpy(), case["crop_scales"], atol=1e-5, rtol=1e-5)
-    valid = _valid(case["orig_size_wh"], rows * side, columns * side)
-    high = int(valid.any(dim=1).sum()), int(valid.any(dim=0).sum())
-    enlarged = torch.zeros(rows * side, columns * side)
-    enlarged[valid] = enlarge(logits[0], side, high).flatten()
-    stored = torch.zeros(rows * side, columns * side, dtype=torch.bool)
-    packed = torch.zeros(rows * side, columns * side, features.shape[2])
-    for crop in range(crops):
-        top, left = crop // columns * side, crop % columns * side
-        window = slice(top, top + side), slice(left, left + side)
-        places = valid[window].flatten().nonzero().squeeze(-1)
-        assert places.numel() == int(case["num_valid_per_crop"][crop])
-        score = joint_scores(logits[1 + crop, places], enlarged[window].flatten()[places])
-        count = int(places.numel() * float(scales[crop]))
-        chosen = highest_first(score, count)
-        np.testing.assert_array_equal(np.sort(chosen.numpy()), _padded(case["crop_keep_idx_in_valid"][crop]))
-        true = places[chosen]
-        np.testing.assert_array_equal(np.sort(true.numpy()), _padded(case["crop_keep_idx_true"][crop]))
-        mask = torch.zeros(side * side, dtype=torch.bool)
-        mask[true] = True
-        np.testing.assert_array_equal(mask.numpy(), case["crop_keep_mask_true"][crop].astype(bool))
-        # The official code takes places in the list of valid tokens for places in the crop.
-        wrong = torch.zeros(side * side, features.shape[2])
-        wrong[chosen] = features[1 + crop, true]
-        kept = torch.zeros(side * side, dtype=torch.bool)
-        kept[chosen] = True
-        packed[window] = wrong.view(side, side, -1)
-        stored[window] = kept.view(side, side)
+    for number, (kept, own) in enumerate(zip(ranked, parts[1], strict=True)):
+        np.testing.assert_array_equal(
+            torch.searchsorted(own, kept).numpy(), _filled(case["crop_keep_idx_in_valid"][number])
+        )
+        true = origin[kept] - (1 + number) * side * side
+        np.testing.assert_array_equal(true.numpy(), _filled(case["crop_keep_idx_true"][number]))
+        np.testing.assert_array_equal(true.sort().values.numpy(), np.flatnonzero(case["crop_keep_mask_true"][number]))
+
     newline = torch.from_numpy(case["image_newline"])[None]
-    lines = [torch.cat([packed[row, stored[row]], newline]) for row in range(rows * side)]
-    np.testing.assert_allclose(torch.cat(lines).numpy(), case["packed_crops_official"], atol=1e-5, rtol=1e-5)
-    whole = torch.cat([features[0, thumbnail], *lines])
-    np.testing.assert_allclose(whole.numpy(), case["packed_official"], atol=1e-5, rtol=1e-5)
+    lines = [torch.cat([features[line], newline]) for line in official_lines(ranked, parts, layout)]
+    np.testing.assert_allclose(torch.cat(lines).numpy(), case["packed_crops_official"], **TOLERANCE)
+    whole = torch.cat([features[thumbnail], *lines])
+    np.testing.assert_allclose(whole.numpy(), case["packed_official"], **TOLERANCE)
+    decision = method(tokens)
+    if keep < 1.0:
+        assert decision is not None
+        assert decision.indices.equal(torch.cat([thumbnail, *ranked]).sort().values)
+        newlines = len(thumbnail) + np.cumsum([len(line) for line in lines]) - 1
+        without = np.delete(case["packed_official"], newlines, axis=0)
+        np.testing.assert_allclose(decision.features.numpy(), without, **TOLERANCE)
 
 
-def _padded(indices: np.ndarray) -> np.ndarray:
-    return np.sort(indices[indices >= 0])
+def _filled(indices: np.ndarray) -> np.ndarray:
+    return indices[indices >= 0]
 
 
-def _valid(size: np.ndarray, high: int, wide: int) -> torch.Tensor:
-    """What is left after unpadding, bool ``[rows, columns]``."""
-    width, height = float(size[0]), float(size[1])
-    valid = torch.zeros(high, wide, dtype=torch.bool)
+def _padding(size: np.ndarray, high: int, wide: int) -> tuple[int, int]:
+    """Rows of padding above and columns of it on the left, in the grid of all crops."""
+    width, height = (int(value) for value in size)
     if width / height > wide / high:
-        padding = (high - int(height * wide / width)) // 2
-        valid[padding : high - padding] = True
-    else:
-        padding = (wide - int(width * high / height)) // 2
-        valid[:, padding : wide - padding] = True
-    return valid
+        return (high - int(height * wide / width)) // 2, 0
+    return 0, (wide - int(width * high / height)) // 2

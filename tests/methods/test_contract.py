@@ -45,7 +45,7 @@ from support.reference import decoder_inputs, items_of
 METHODS = [info for info in mmfast.methods() if info.stage in ("before_llm", "in_llm")]
 PAIRS = [(family, info) for family, info in product(FAMILIES.values(), METHODS) if not refusal(family, info.name)]
 BOTH_STAGES = ["uniform(keep=0.4)", "fastv(keep=0.4)"]
-STEPS = 4
+STEPS = 3
 
 SIMPLE = {"divprune", "fastv", "pool2d", "pyramiddrop", "random", "random_in_llm", "uniform", "uniform_in_llm"}
 """Methods that between them use every seam; compared with the reference on every prompt of every family."""
@@ -63,7 +63,7 @@ with_keep = pytest.mark.parametrize(
     ("family", "info"), [(family, info) for family, info in PAIRS if "keep" in info.options], ids=case_id
 )
 
-POOLS_MAPS = {"pool2d", "dpn"}
+POOLS_MAPS = {"pool2d", "downsample", "dpn"}
 """Methods that leave whole maps of tokens, whose sizes cannot make up every number."""
 NO_EFFECT = {("aki_mma", "paligemma")}
 """PaliGemma reads prompts in both directions as it is."""
@@ -111,9 +111,9 @@ def test_keep_all_is_identity(family: Family, info: mmfast.MethodInfo) -> None:
 @every
 def test_text_only_prompts_are_untouched(family: Family, info: mmfast.MethodInfo) -> None:
     with mmfast.accelerate(family.model(), plan_of(info, 2)) as fast:
-        during = generate(family.model(), text_only(family).inputs, STEPS)
+        during = generate(family.model(), text_only(family).inputs, 2)
         assert "no prompt with images" in fast.report().note
-    assert torch.equal(during.logits, untouched(family, text_only).logits)
+    assert torch.equal(during.logits, untouched(family, text_only).logits[:, :2])
 
 
 # --------------------------------------------------------------------- the right thing is computed
@@ -158,6 +158,7 @@ def test_where_the_data_decide(family: Family, info: mmfast.MethodInfo) -> None:
 
 
 @with_keep
+@pytest.mark.filterwarnings("ignore:.*cannot be reached:UserWarning")
 def test_count_is_the_promised_one(family: Family, info: mmfast.MethodInfo) -> None:
     model, batch = family.model(), one(family)
     (item,) = items_of(batch)
@@ -165,22 +166,10 @@ def test_count_is_the_promised_one(family: Family, info: mmfast.MethodInfo) -> N
     text = len(batch.ids[0]) - len(item.slots)
     for keep in (0.4, 0.07, 3):
         method = info.method(keep=keep)
-        if refused_count(method, family):
-            continue
         with mmfast.accelerate(model, [method]) as fast:
             first_logits(model, batch.inputs)
             report = fast.report()
         check_count(info, method, report, item.layout.is_newline, candidates, text)
-
-
-def refused_count(method: Any, family: Family) -> bool:
-    """Say whether a schedule cannot get as low on so few layers; nothing else may be the reason."""
-    message = ""
-    try:
-        mmfast.accelerate(family.model(), [method]).remove()
-    except ValueError as error:
-        message = str(error)
-    return isinstance(method.keep, float) and "cannot be reached" in message
 
 
 def check_count(

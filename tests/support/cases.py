@@ -48,19 +48,12 @@ def case_id(value: object) -> str | None:
 
 # ------------------------------------------------------------------------ where a method may be refused
 
-WITHOUT_CLASS_TOKEN = (
-    "llava_onevision",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "idefics3",
-    "smolvlm",
-    "paligemma",
-    "gemma3",
-    "mistral3",
-)
-
-REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {}
+REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
+    "downsample": (
+        ("llava_next", "llava_next_video", "llava_onevision", "mistral3"),
+        "cannot resize pictures for models of type",
+    ),
+}
 """Method -> the families on which it is refused, and what the message says."""
 
 UNKNOWN_GRIDS: dict[str, str] = {

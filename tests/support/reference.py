@@ -7,6 +7,7 @@ it the full length runs on, and masks hide the dropped columns from their layer 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mmfast
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.encoder_base import GROUPS, EncoderMerger
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 from mmfast.tokens import Keep, Layout, VisualTokens
 from support.families import Batch
 from support.prompts import IMAGE, VIDEO, Media, ids_of
+from support.shrunken import acting, shrunken
 from support.stack import Passage, Stack, Turn, Work, additive
 from support.tower import Tower
 
@@ -118,6 +122,33 @@ def expected(
     return Expected(logits[prompt - 1 :], logits[:prompt], work, run.items)
 
 
+def given_by_adapters(batch: Batch, method: BeforeLLM) -> tuple[BeforeLLM, list[VisualTokens]]:
+    """Let a model run under a method that acts in the vision encoder, and note what it is given.
+
+    What such a method does to the encoder has tests of its own; from here on everything is worked out anew.
+
+    Returns:
+        The method as it was settled for the model, and its tokens if it does act in the encoder, else none.
+    """
+    seen: list[tuple[BeforeLLM, VisualTokens]] = []
+
+    def note(self: BeforeLLM, tokens: VisualTokens) -> None:
+        seen.append((self, tokens))
+
+    model = batch.family.model("eager")
+    original = type(method).__call__
+    try:
+        type(method).__call__ = note  # type: ignore[method-assign]
+        with mmfast.accelerate(model, [method]):
+            model(**batch.inputs)
+    finally:
+        type(method).__call__ = original  # type: ignore[method-assign]
+    if not seen:
+        return method, []
+    settled = seen[0][0]
+    return settled, [tokens for _, tokens in seen] if GROUPS in settled.vision_signals() else []
+
+
 class _Run:
     """One row on its way through the decoder."""
 
@@ -128,9 +159,15 @@ class _Run:
             for kind in (BeforeLLM, LayerDropper, LayerBypass, LayerMask)
         )
         self.model = batch.family.model("eager")
+        self.given_tokens: list[VisualTokens] = []
+        if self.before is not None and self.acts_in_encoder(self.before):
+            self.before, self.given_tokens = given_by_adapters(batch, self.before)
         self.decoder = self.model.get_decoder()
-        seen = decoder_inputs(self.model, batch.inputs)
         self.items = items_of(batch)
+        shrinking = acting(self.before, self.family.name)
+        self.before = shrinking or self.before
+        with nullcontext() if shrinking is None else shrunken(self.model, shrinking, self.items) as self.shrunken:
+            seen = decoder_inputs(self.model, batch.inputs)
         self.embeds: Tensor = seen["inputs_embeds"][0]
         self.length = self.embeds.shape[0]
         self.slots = torch.arange(self.length)
@@ -157,6 +194,11 @@ class _Run:
             self.visual[item.slots] = True
             self.media[item.slots[~item.layout.is_newline]] = index
 
+    @staticmethod
+    def acts_in_encoder(method: BeforeLLM) -> bool:
+        """Say whether a method may make the vision encoder itself run on fewer tokens."""
+        return isinstance(method, EncoderMerger) or GROUPS in method.vision_signals()
+
     @cached_property
     def tower(self) -> Tower:
         """The vision tower; it runs again only for methods that read it."""
@@ -173,6 +215,9 @@ class _Run:
         for name, request in requests.items():
             if request.kind == "cls_features":
                 continue
+            if self.shrunken is not None:
+                found[name] = self._of_fewer(request.kind)
+                continue
             own = self.tower.signal(request)
             rows = torch.zeros(self.length, *next(iter(own.values())).shape)
             for slot, value in own.items():
@@ -180,15 +225,28 @@ class _Run:
             found[name] = rows
         return found
 
+    def _of_fewer(self, kind: str) -> Tensor:
+        """A signal ``[S]`` of an encoder that ran on fewer tokens."""
+        found = self.shrunken.groups if kind == "groups" else self.shrunken.attention
+        waiting = {modality: list(parts) for modality, parts in found.items()}
+        rows: Tensor = torch.zeros(self.length, dtype=next(iter(waiting.values()))[0].dtype)
+        for item in self.items:
+            rows[item.slots] = waiting[item.modality].pop(0)
+        return rows
+
     # ------------------------------------------------------------ before the decoder
 
     def cut(self, method: BeforeLLM) -> None:
         """Take tokens out of the sequence."""
         keep = torch.ones(self.length, dtype=torch.bool)
         embeds = self.embeds.clone()
-        signals = self.signals(method)
+        given = self.given_tokens
+        signals = {} if given else self.signals(method)
         for index, item in enumerate(self.items):
-            decision = method(self._tokens(method, index, item, signals))
+            tokens = given[index] if given else self._tokens(method, index, item, signals)
+            if given:
+                embeds[item.slots] = tokens.features
+            decision = method(tokens)
             if decision is None:
                 continue
             kept = item.slots[decision.indices]

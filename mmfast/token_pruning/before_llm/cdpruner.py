@@ -25,7 +25,7 @@ class CDPruner(Selector):
     The kernel is the cosine similarity of the features, scaled on both sides by relevance; the subset is found
     greedily. In CLIP's space relevance is the *negative* similarity of patch and question, as in the official
     code. Without a CLIP model, ``relevance="llm"`` takes the similarity, positive, of features and the mean
-    embedding of the prompt's text, weighed by ``weight`` against relevance that is the same for all.
+    embedding of the prompt's text, weighed by ``relevance_weight`` against relevance that is the same for all.
 
     Relevance is scaled to [0, 1] image by image; the official code does so over the whole batch, which lets
     images change each other's tokens.
@@ -35,7 +35,7 @@ class CDPruner(Selector):
 
     Attributes:
         relevance: ``"llm"``, or ``"clip"`` with a CLIP model passed to :func:`mmfast.accelerate`.
-        weight: for ``"llm"``, how much relevance counts, in [0, 1]; 0 leaves diversity alone.
+        relevance_weight: for ``"llm"``, how much relevance counts, in [0, 1]; 0 leaves diversity alone.
         theta: sharpens relevance to ``exp(theta / (2 (1 - theta)) * relevance)``; in [0, 1), None = not.
     """
 
@@ -44,14 +44,14 @@ class CDPruner(Selector):
 
     scope: Literal["global", "per_tile"] = "per_tile"
     relevance: Literal["llm", "clip"] = "llm"
-    weight: float = 0.5
+    relevance_weight: float = 0.5
     theta: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("relevance", self.relevance, ["llm", "clip"])
-        if not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"weight={self.weight} must lie in [0, 1]")
+        if not 0.0 <= self.relevance_weight <= 1.0:
+            raise ValueError(f"relevance_weight={self.relevance_weight} must lie in [0, 1]")
         if self.theta is not None and not 0.0 <= self.theta < 1.0:
             raise ValueError(f"theta={self.theta} must be None or lie in [0, 1)")
 
@@ -63,14 +63,52 @@ class CDPruner(Selector):
     def select(self, tokens: VisualTokens, kept: int) -> Tensor:
         """Scale relevance, then choose greedily."""
         if self.relevance == "clip":
-            raw = clip_relevance(tokens.signals["clip_image_embeds"], tokens.signals["clip_text_embeds"])
-            scaled = scaled_relevance(raw)
+            scaled = scaled_relevance(clip_relevance(*clip_embeddings(tokens)))
         else:
-            words = normalised(tokens.signals["text_embeds"].float().mean(dim=0))
-            scaled = 1.0 - self.weight + self.weight * scaled_relevance(normalised(tokens.features) @ words)
+            raw = llm_relevance(tokens.features, tokens.signals["text_embeds"])
+            scaled = 1.0 - self.relevance_weight + self.relevance_weight * scaled_relevance(raw)
         if self.theta is not None:
             scaled = torch.exp(self.theta / (2.0 * (1.0 - self.theta)) * scaled)
         return likeliest_subset(tokens.features, scaled, kept)
+
+
+def clip_embeddings(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+    """Return what a CLIP model made of patches ``[N, E]`` and of the segments of the question ``[M, E]``.
+
+    Raises:
+        ValueError: if there is no CLIP model.
+
+    Example:
+        >>> clip_embeddings(VisualTokens.from_features(torch.ones(2, 3)))
+        Traceback (most recent call last):
+        ValueError: relevance='clip' needs a CLIP model: accelerate(model, plan, clip=mmfast.ClipTower.load(...)), or take relevance='llm'
+    """
+    found = [tokens.signals.get(name) for name in ("clip_image_embeds", "clip_text_embeds")]
+    patches, texts = found
+    if patches is None or texts is None:
+        raise ValueError(
+            "relevance='clip' needs a CLIP model: accelerate(model, plan, clip=mmfast.ClipTower.load(...)), "
+            "or take relevance='llm'"
+        )
+    return patches, texts
+
+
+def llm_relevance(features: Tensor, text: Tensor) -> Tensor:
+    """Return the cosine similarity of features and the mean embedding of a text; 0 for an empty one.
+
+    Args:
+        features: ``[N, D]``.
+        text: ``[L, D]``.
+
+    Returns:
+        float32 ``[N]``.
+
+    Example:
+        >>> llm_relevance(torch.eye(2), torch.tensor([[1.0, 0.0], [3.0, 0.0]])).tolist()
+        [1.0, 0.0]
+    """
+    # The sum points where the mean does, and exists without words too.
+    return normalised(features) @ normalised(text.float().sum(dim=0))
 
 
 def clip_relevance(patches: Tensor, texts: Tensor) -> Tensor:

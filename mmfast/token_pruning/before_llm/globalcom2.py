@@ -11,10 +11,10 @@ from torch.nn.functional import interpolate
 
 from mmfast.budget import shares
 from mmfast.registry import register
-from mmfast.token_pruning.base import Selector, VisionSignal
-from mmfast.token_pruning.before_llm.hired import regions_of
-from mmfast.token_pruning.similarity import highest_first
-from mmfast.tokens import VisualTokens
+from mmfast.token_pruning.base import Compat, Selector, VisionSignal, check_choice
+from mmfast.token_pruning.before_llm.hired import regions_of, whole_and_crops
+from mmfast.token_pruning.similarity import highest_first, merged_keep
+from mmfast.tokens import Keep, Layout, VisualTokens
 
 _TEMPERATURE = 10.0
 
@@ -29,49 +29,78 @@ class GlobalCom2(Selector):
     all crops, are added, each scaled to length one. Counts add up to ``keep``. Images that are not cut keep their
     best tokens.
 
-    The official code puts what it keeps of padded crops into wrong places and a newline behind rows of padding
-    too; here every token keeps its own place.
+    The official code cuts counts off tile by tile, so that they do not add up, hands on the thumbnail's tokens by
+    falling score, and orders those of padded crops as if there were no padding (``compat="official"``).
 
     Paper: "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large
     Vision-Language Models", AAAI 2026.
+
+    Attributes:
+        compat: ``"official"`` takes over counts and order of the official code.
     """
 
     needs = frozenset({"cls_logits"})
 
     keep: int | float | None = 0.25
+    compat: Compat = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("compat", self.compat, [None, "official"])
 
     def vision_signals(self) -> Mapping[str, VisionSignal]:
         """Ask for the class token's logits in the last block."""
         return {"logits": VisionSignal("cls_logits", "last")}
 
+    def reduce(self, tokens: VisualTokens, kept: int) -> Keep:
+        """Choose tokens, and hand them on in raster order or the official one."""
+        parts = whole_and_crops(tokens.layout)
+        if parts is None or self.compat is None:
+            return super().reduce(tokens, kept)
+        thumbnail, *crops = self.ranked(tokens, parts, kept)
+        lines = official_lines(crops, parts, tokens.layout)
+        order = torch.cat([thumbnail, *lines])
+        source = torch.full((len(tokens),), -1, dtype=torch.int64, device=order.device)
+        source[order] = torch.arange(order.numel(), device=order.device)
+        ones = torch.ones(order.numel(), device=order.device)
+        return merged_keep(order, tokens.features[order], ones, source, raster=False)
+
     def select(self, tokens: VisualTokens, kept: int) -> Tensor:
-        """Share the budget, then choose in the thumbnail and in each crop."""
+        """Choose in the thumbnail and in each crop."""
+        parts = whole_and_crops(tokens.layout)
+        if parts is None:
+            return highest_first(tokens.signals["logits"], kept)
+        return torch.cat(self.ranked(tokens, parts, kept))
+
+    def ranked(self, tokens: VisualTokens, parts: tuple[Tensor, list[Tensor]], kept: int) -> list[Tensor]:
+        """Share the budget and choose the best of the thumbnail and of each crop.
+
+        Args:
+            tokens: of an image with crops.
+            parts: places of the thumbnail and of each crop.
+            kept: the budget.
+
+        Returns:
+            int64 places, by falling score: of the thumbnail, then of each crop.
+        """
         logits, layout = tokens.signals["logits"].float(), tokens.layout
-        rows, columns = layout.crop_grid
-        if layout.crop is None or rows * columns == 0 or not bool((layout.crop >= 0).any()):
-            return highest_first(logits, kept)
-        base = ((layout.tile == 0) & (layout.crop < 0)).nonzero().squeeze(-1)
-        crops = [(layout.crop == crop).nonzero().squeeze(-1) for crop in range(rows * columns)]
+        base, crops = parts
         device = logits.device
         thumbnail = logits[base.to(device)]
-        sums = crop_sums(thumbnail, regions_of(layout, base).to(device), len(crops))
-        scales = crop_scales(sums, kept / len(tokens))
-        counts = fitted(
-            [base.numel() * kept / len(tokens), *(c.numel() * s for c, s in zip(crops, scales.tolist(), strict=True))],
-            [base.numel(), *(c.numel() for c in crops)],
-            kept,
-        )
-        side = int(layout.col[base].max()) + 1
+        sizes = [base.numel(), *(crop.numel() for crop in crops)]
+        share = self.keep if isinstance(self.keep, float) else kept / len(tokens)
+        scales = crop_scales(crop_sums(thumbnail, regions_of(layout, base).to(device), len(crops)), share)
+        wanted = [size * scale for size, scale in zip(sizes, [share, *scales.tolist()], strict=True)]
+        counts = [int(count) for count in wanted] if self.compat == "official" else fitted(wanted, sizes, kept)
         cut = torch.cat(crops)
-        size = int(layout.row[cut].max()) + 1, int(layout.col[cut].max()) + 1
-        enlarged = enlarge(thumbnail, side, size)
+        grid = int(layout.row[cut].max()) + 1, int(layout.col[cut].max()) + 1
+        enlarged = enlarge(thumbnail, int(layout.col[base].max()) + 1, grid)
         chosen = [base.to(device)[highest_first(thumbnail, counts[0])]]
         for places, count in zip(crops, counts[1:], strict=True):
-            if count:
-                seen = enlarged[layout.row[places].to(device), layout.col[places].to(device)]
-                own = places.to(device)
-                chosen.append(own[highest_first(joint_scores(logits[own], seen), count)])
-        return torch.cat(chosen)
+            seen = enlarged[layout.row[places].to(device), layout.col[places].to(device)]
+            own = places.to(device)
+            chosen.append(own[highest_first(joint_scores(logits[own], seen), count)])
+        return chosen
 
 
 def crop_sums(thumbnail: Tensor, regions: Tensor, crops: int) -> Tensor:
@@ -158,3 +187,37 @@ def fitted(wanted: Sequence[float], sizes: Sequence[int], total: int) -> list[in
             counts[index] += min(share, room[index])
         left = total - sum(counts)
     return counts
+
+
+def official_lines(ranked: Sequence[Tensor], parts: tuple[Tensor, Sequence[Tensor]], layout: Layout) -> list[Tensor]:
+    """Order the kept tokens of crops as the official code does, line by line over the grid of all crops.
+
+    It takes the number of a token among those of its crop that are no padding for the place in the crop, so that
+    the tokens of a padded crop move up.
+
+    Args:
+        ranked: kept tokens of each crop, int64 places.
+        parts: places of the thumbnail and of each crop, ascending.
+        layout: of the image.
+
+    Returns:
+        int64 places of each line, some perhaps empty; the official code puts a newline behind every one.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> layout = replace(Layout.grid(2, 2), crop_grid=(1, 1))
+        >>> whole = torch.arange(4)
+        >>> [line.tolist() for line in official_lines([torch.tensor([7, 5])], (whole, [whole + 4]), layout)]
+        [[5], [7]]
+    """
+    base, crops = parts
+    rows, columns = layout.crop_grid
+    side = int(layout.col[base].max()) + 1
+    found = []
+    for number, (own, kept) in enumerate(zip(crops, ranked, strict=True)):
+        place = torch.searchsorted(own.to(kept.device), kept)
+        row = number // columns * side + place // side
+        found.append(row * columns * side + number % columns * side + place % side)
+    slot, order = torch.cat(found).sort()
+    lengths = torch.bincount(slot // (columns * side), minlength=rows * side)
+    return list(torch.cat(list(ranked))[order].split(lengths.tolist()))

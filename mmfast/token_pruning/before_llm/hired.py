@@ -22,10 +22,11 @@ class HiRED(Selector):
 
     The whole image gets the share ``alpha``. The rest goes to the crops by how much the class token of the first
     block attends to the region of the whole image that each crop shows; inside each, the deep block decides.
-    What cutting off leaves goes to the next best tokens. Images that are not cut keep their best tokens.
+    What cutting off leaves goes to the next best tokens of the crops. Images that are not cut keep their best.
 
     The paper adds up attention per region (``score="sum"``); its code counts the most attended tokens, in equal
-    strips of the flat sequence instead of regions (``compat="official"``).
+    strips of the flat sequence instead of regions, and leaves unused what cutting off leaves, so that fewer tokens
+    than ``keep`` survive (``compat="official"``).
 
     Paper: "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language
     Models", AAAI 2025.
@@ -33,7 +34,7 @@ class HiRED(Selector):
     Attributes:
         alpha: share of the budget for the whole image, in [0, 1]; 1 leaves the crops what does not fit there.
         score: how regions are rated: ``"count"`` of the most attended tokens, or ``"sum"`` of attention.
-        compat: ``"official"`` takes strips for regions.
+        compat: ``"official"`` takes strips for regions and hands nothing on.
     """
 
     needs = frozenset({"cls_attention"})
@@ -57,12 +58,11 @@ class HiRED(Selector):
     def select(self, tokens: VisualTokens, kept: int) -> Tensor:
         """Share the budget, then choose tile by tile."""
         late, layout = tokens.signals["late"].float(), tokens.layout
-        rows, columns = layout.crop_grid
-        if layout.crop is None or rows * columns == 0 or not bool((layout.crop >= 0).any()):
+        parts = whole_and_crops(layout)
+        if parts is None:
             return highest_first(late, kept)
+        base, crops = parts
         device = late.device
-        base = ((layout.tile == 0) & (layout.crop < 0)).nonzero().squeeze(-1)
-        crops = [(layout.crop == crop).nonzero().squeeze(-1) for crop in range(rows * columns)]
         regions = strips(base.numel(), len(crops)) if self.compat == "official" else regions_of(layout, base)
         whole = min(int(kept * self.alpha), base.numel())
         early = tokens.signals["early"].float()[base.to(device)]
@@ -73,9 +73,31 @@ class HiRED(Selector):
             for places, budget in zip([part.to(device) for part in (base, *crops)], [whole, *budgets], strict=True)
         ]
         picked = torch.cat(chosen)
-        rest = late.clone()
-        rest[picked] = -torch.inf
-        return torch.cat([picked, highest_first(rest, kept - picked.numel())])
+        if self.compat == "official":
+            return picked
+        for part in (torch.cat(crops).to(device), base.to(device)):
+            free = part[~torch.isin(part, picked)]
+            picked = torch.cat([picked, free[highest_first(late[free], kept - picked.numel())]])
+        return picked
+
+
+def whole_and_crops(layout: Layout) -> tuple[Tensor, list[Tensor]] | None:
+    """Tell the tokens of the whole image from those of its crops.
+
+    Returns:
+        Places of the whole image, int64 ``[N]``, and of each crop, row-major, some perhaps empty; None for an image
+        that is not cut, and where one of the two is missing.
+
+    Example:
+        >>> whole_and_crops(Layout.grid(2, 2)) is None
+        True
+    """
+    rows, columns = layout.crop_grid
+    if layout.crop is None or rows * columns == 0:
+        return None
+    base = ((layout.tile == 0) & (layout.crop < 0)).nonzero().squeeze(-1)
+    crops = [(layout.crop == crop).nonzero().squeeze(-1) for crop in range(rows * columns)]
+    return (base, crops) if base.numel() and any(crop.numel() for crop in crops) else None
 
 
 def regions_of(layout: Layout, base: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from mmfast.token_pruning.base import Selector, VisionSignal
 from mmfast.token_pruning.similarity import normalised, row_blocks
 from mmfast.tokens import VisualTokens
 
+_CANDIDATES = 64
+"""Tokens looked at again at once."""
+
 
 @register("mmtok", stage="before_llm", paper="arXiv 2508.18264", source="Ironieser/MMTok", vectors=True)
 @dataclass(frozen=True)
@@ -55,55 +58,77 @@ class MMTok(Selector):
     def select(self, tokens: VisualTokens, kept: int) -> Tensor:
         """Pick tokens by the coverage they add."""
         patches = tokens.signals.get("patch_features", tokens.features)
-        words = likeness(tokens.signals["text_embeds"], tokens.features, self.text_temperature)
-        image = likeness(patches, patches, self.visual_temperature)
-        return best_cover(torch.cat([words, self.alpha * image]), kept)
+        words, temperatures = tokens.signals["text_embeds"], (self.text_temperature, self.visual_temperature)
+        return best_cover(coverage(tokens.features, patches, words, self.alpha, temperatures), kept)
 
 
-def likeness(rows: Tensor, columns: Tensor, temperature: float) -> Tensor:
-    """Return the softmax over columns of cosine similarities, divided by the number of rows.
+def coverage(
+    features: Tensor, patches: Tensor, words: Tensor, alpha: float, temperatures: tuple[float, float]
+) -> Tensor:
+    """Say how well each visual token covers each word and each patch.
 
     Args:
-        rows: ``[R, D]``.
-        columns: ``[N, D]``.
-        temperature: divides the similarities.
+        features: ``[N, D]`` visual tokens as words see them.
+        patches: ``[N, C]`` the same as they see each other.
+        words: ``[M, D]``.
+        alpha: weight of patches, against 1 for words.
+        temperatures: of the softmax for words and for patches.
 
     Returns:
-        float32 ``[R, N]``, all entries adding up to one.
+        float32 ``[N, M + N]``; the columns of words add up to 1 together, those of patches to ``alpha``.
 
     Example:
-        >>> likeness(torch.eye(2), torch.ones(2, 2), 1.0).tolist()
-        [[0.25, 0.25], [0.25, 0.25]]
+        >>> coverage(torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 3), 0.5, (1.0, 1.0)).tolist()
+        [[0.5, 0.125, 0.125], [0.5, 0.125, 0.125]]
     """
-    return (normalised(rows) @ normalised(columns).T / temperature).softmax(dim=-1) / max(rows.shape[0], 1)
+    total, count = features.shape[0], words.shape[0]
+    # Filled in place and block by block: for large images this one matrix is all that fits.
+    found = torch.empty(total, count + total, device=features.device)
+    for start, rows, columns, weight, temperature in (
+        (0, normalised(words), normalised(features), 1.0 / max(count, 1), temperatures[0]),
+        (count, normalised(patches), normalised(patches), alpha / total, temperatures[1]),
+    ):
+        for part in row_blocks(rows.shape[0], total):
+            alike = (rows[part] @ columns.T / temperature).softmax(dim=-1)
+            found[:, start + part.start : start + part.stop] = (alike * weight).T
+    return found
 
 
 def best_cover(weights: Tensor, kept: int, excluded: Tensor | None = None) -> Tensor:
-    """Pick columns one by one, each adding most to the sum over rows of the best weight so far.
+    """Pick tokens one by one, each adding most to the sum of the best weights so far.
+
+    What a token adds can only shrink as others are picked, so an old value bounds it from above: only tokens whose
+    bound could still win are looked at again.
 
     Args:
-        weights: ``[R, N]`` float32, 0 or more.
-        kept: how many columns.
-        excluded: int64 columns that may not be picked.
+        weights: float32 ``[N, R]``, 0 or more: how well each token covers each thing.
+        kept: how many tokens; all where there are fewer.
+        excluded: int64, tokens that may not be picked.
 
     Returns:
-        ``[kept]`` int64 in the order of the picks; ties go to the lower index.
+        int64 ``[kept]`` in the order of the picks; ties go to the lower index.
 
     Example:
-        >>> best_cover(torch.tensor([[0.5, 0.4, 0.0], [0.0, 0.4, 0.3]]), 2).tolist()
+        >>> best_cover(torch.tensor([[0.5, 0.0], [0.4, 0.4], [0.0, 0.3]]), 2).tolist()
         [1, 0]
     """
-    covered = weights.new_zeros(weights.shape[0])
-    free = torch.ones(weights.shape[1], dtype=torch.bool, device=weights.device)
+    total, device = weights.shape[0], weights.device
+    covered = weights.new_zeros(weights.shape[1])
+    bound = weights.sum(dim=1)
     if excluded is not None:
-        free[excluded] = False
-    picks = torch.empty(kept, dtype=torch.int64, device=weights.device)
-    for step in range(kept):
-        gain = weights.new_zeros(weights.shape[1])
-        for part in row_blocks(weights.shape[0], weights.shape[1]):
-            gain += (weights[part] - covered[part, None]).clamp_min(0.0).sum(dim=0)
-        pick = gain.masked_fill(~free, -torch.inf).argmax()
+        bound[excluded] = -torch.inf
+    fresh = torch.ones(total, dtype=torch.bool, device=device)
+    picks = torch.empty(min(kept, int(bound.isfinite().sum())), dtype=torch.int64, device=device)
+    for step in range(picks.numel()):
+        pick = bound.argmax()
+        while not fresh[pick]:
+            stale = bound.masked_fill(fresh, -torch.inf).topk(min(_CANDIDATES, total)).indices
+            gain = (weights[stale] - covered).clamp_min_(0.0).sum(dim=1)
+            bound[stale] = torch.where(fresh[stale], bound[stale], gain)
+            fresh[stale] = True
+            pick = bound.argmax()
         picks[step] = pick
-        free[pick] = False
-        covered = torch.maximum(covered, weights[:, pick])
+        bound[pick] = -torch.inf
+        covered = torch.maximum(covered, weights[pick])
+        fresh = bound.isneginf()
     return picks

@@ -50,7 +50,7 @@ class MustDropVision(EncoderMerger):
 
     def vision_signals(self) -> Mapping[str, VisionSignal]:
         """Ask for the attention of the last block."""
-        return {"cls_attention": VisionSignal("cls_attention", layer="last")}
+        return {**super().vision_signals(), "cls_attention": VisionSignal("cls_attention", layer="last")}
 
     def schedule(self, blocks: int, patches: int, kept: int) -> Mapping[int, int]:
         """Merge after the first block."""
@@ -80,7 +80,7 @@ class MustDropVision(EncoderMerger):
         attention = tokens.signals["cls_attention"].float()
         features = tokens.features
         sizes = torch.bincount(group, minlength=slots.numel()).float()
-        if slots.numel() == len(tokens):
+        if self.where != "encoder":
             slots, group = self._windows(features, tokens.layout, kept)
             features, sizes = merge_rows(features, sizes, group, slots.numel())
             attention, _ = merge_rows(attention[:, None], torch.ones_like(attention), group, slots.numel())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mmfast.registry import register
 from mmfast.token_pruning.base import Selector, VisionSignal
-from mmfast.token_pruning.similarity import highest_first, normalised, row_blocks
+from mmfast.token_pruning.similarity import highest_first, normalised, outliers, row_blocks
 from mmfast.tokens import VisualTokens
 
 
@@ -67,9 +66,7 @@ class TokenCorrelation(Selector):
 
     def own_count(self, tokens: VisualTokens) -> int:
         """Count the patches that are not redundant."""
-        redundant = repeated(tokens.signals["keys"], self.similarity, self.repeats)
-        density = 1.0 - float(redundant.float().mean())
-        return max(1, math.ceil(density * len(tokens)))
+        return max(1, int((~repeated(tokens.signals["keys"], self.similarity, self.repeats)).sum()))
 
     def select(self, tokens: VisualTokens, kept: int) -> Tensor:
         """Take the outliers, then sample."""
@@ -109,34 +106,25 @@ def repeated(keys: Tensor, similarity: float, share: float) -> Tensor:
     return torch.cat(counts) > share * total
 
 
-def outliers(values: Tensor, factor: float = 1.5) -> Tensor:
-    """Say which values lie above the upper quartile by more than ``factor`` interquartile ranges.
-
-    Example:
-        >>> outliers(torch.tensor([1.0, 2.0, 3.0, 4.0, 50.0])).tolist()
-        [False, False, False, False, True]
-    """
-    lower, upper = torch.quantile(values.float(), values.new_tensor([0.25, 0.75], dtype=torch.float32))
-    found: Tensor = values > upper + factor * (upper - lower)
-    return found
-
-
 def sampling_keys(weights: Tensor, *seeds: int) -> Tensor:
-    """Draw keys whose highest are a weighted sample without replacement (exponential races).
+    """Draw keys of which the highest are a weighted sample without replacement (exponential races).
 
     Args:
         weights: ``[N]`` float32, 0 or more.
         seeds: numbers from which the draw follows.
 
     Returns:
-        float32 ``[N]``, minus infinity for weights of zero but the order kept.
+        float32 ``[N]``, 0 or less; those of weight zero come after all others.
 
     Example:
         >>> keys = sampling_keys(torch.tensor([1.0, 1000.0]), 0)
         >>> keys.argmax().item()
         1
     """
-    generator = torch.Generator().manual_seed(hash(seeds) & 0x7FFFFFFF)
+    mixed = 0
+    for seed in seeds:
+        mixed = (mixed * 1_000_003 + seed) % (1 << 63)
+    generator = torch.Generator().manual_seed(mixed)
     uniform = torch.rand(weights.shape[0], generator=generator, dtype=torch.float64).clamp_min(1e-300)
     keys = uniform.log().to(weights.device) / weights.double().clamp_min(1e-30)
     return keys.float()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmfast.registry import register
 from mmfast.token_pruning.base import Merger, VisionSignal, check_choice, top_indices
-from mmfast.token_pruning.similarity import merged_keep, normalised, outlier_share
+from mmfast.token_pruning.before_llm.cdpruner import clip_embeddings, llm_relevance
+from mmfast.token_pruning.similarity import merged_keep, outlier_share
 from mmfast.tokens import Keep, VisualTokens
 
 
@@ -23,7 +24,7 @@ class Trim(Merger):
     In CLIP's space relevance is the negative product of patch and question, as in the official code (patches
     there point away from what they show). Without a CLIP model, ``relevance="llm"`` compares features with the
     mean embedding of the prompt's text by cosine. The mean of what is dropped takes one of the ``keep`` places,
-    that of the last dropped token; a single place goes to the best token instead.
+    that of the last dropped token; where there is only one place, it is all that is left.
 
     ``keep=None`` keeps as many tokens as have outstanding scores (above the upper quartile by 1.5
     interquartile ranges), plus the mean.
@@ -58,21 +59,19 @@ class Trim(Merger):
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Score every token, float32 ``[N]``."""
         if self.relevance == "clip":
-            text = tokens.signals["clip_text_embeds"].float().mean(dim=0)
-            return relevance_of(tokens.signals["clip_image_embeds"], text)
-        text = tokens.signals["text_embeds"].float().mean(dim=0)
-        return normalised(tokens.features) @ normalised(text)
+            patches, text = clip_embeddings(tokens)
+            return relevance_of(patches, text.float().mean(dim=0))
+        return llm_relevance(tokens.features, tokens.signals["text_embeds"])
 
     def own_count(self, tokens: VisualTokens) -> int:
         """Count the outstanding scores, and one for the mean."""
         scores = self.scores(tokens)
-        return max(1, int(len(tokens) * outlier_share(scores)) + 1)
+        return int(len(tokens) * outlier_share(scores)) + 1
 
     def merge(self, tokens: VisualTokens, kept: int) -> Keep:
         """Keep the best and average the rest."""
-        best = top_indices(self.scores(tokens), max(1, kept - 1))
         features, space = self.material(tokens)
-        return with_mean_of_rest(features, best, space) if kept > 1 else Keep(best)
+        return with_mean_of_rest(features, top_indices(self.scores(tokens), kept - 1), space)
 
 
 def relevance_of(patches: Tensor, text: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ def with_mean_of_rest(features: Tensor, best: Tensor, space: Literal["llm", "vis
 
     Args:
         features: ``[N, C]``.
-        best: ``[n]`` int64, ascending, fewer than N.
+        best: ``[n]`` int64, ascending, fewer than N; may be none.
         space: as of Keep.
 
     Example:

@@ -55,8 +55,8 @@ class ZipVL(LayerBypass):
             raise ValueError(f"recent={self.recent} must be at least 1 and sampled={self.sampled} at least 0")
 
     def layers_of(self, depth: int) -> list[int]:
-        """Return all layers."""
-        return list(range(depth))
+        """Return all layers, or none where every token takes part."""
+        return [] if self.keep == 1.0 and isinstance(self.keep, float) else list(range(depth))
 
     def request(self, layer: int) -> LayerRequest:
         """Ask for the attention that the layer is about to compute."""
