@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmfast.adapters.base import Adapter, families, family, for_model
+    from mmfast.adapters.clip import load_clip
     from mmfast.adapters.environment import attention_backends, importable
     from mmfast.adapters.loading import load_pretrained
     from mmfast.adapters.prompting import prepare
@@ -18,6 +19,7 @@ _HOME = {
     "family": "base",
     "for_model": "base",
     "importable": "environment",
+    "load_clip": "clip",
     "load_pretrained": "loading",
     "prepare": "prompting",
 }
@@ -29,6 +31,7 @@ __all__ = [
     "family",
     "for_model",
     "importable",
+    "load_clip",
     "load_pretrained",
     "prepare",
 ]

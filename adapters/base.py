@@ -307,19 +307,20 @@ class Adapter:
 
     # ------------------------------------------------------------------ binding
 
-    def bind(self, plan: Plan, *, replace: bool = False) -> Binding:
+    def bind(self, plan: Plan, *, replace: bool = False, clip: Any = None) -> Binding:
         """Put a plan to work on the model.
 
         Args:
             plan: the plan.
             replace: take off a plan that is at work already.
+            clip: a :class:`mmfast.ClipTower` for methods that want one.
 
         Raises:
             ValueError: if the model cannot do what the plan asks for; it is untouched then.
         """
         from mmfast.adapters.binding import Binding
 
-        return Binding(self, plan, replace=replace)
+        return Binding(self, plan, replace=replace, clip=clip)
 
     def check(self) -> None:
         """Refuse models whose parts are not where they are expected.

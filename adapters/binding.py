@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_unsupported
+from mmfast.adapters.clip import ClipReader, ClipTower, check_clip, clip_signals
 from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.encoder import add_groups, settled
 from mmfast.adapters.layers import LayerRunner
@@ -59,14 +60,19 @@ class Binding:
         adapter: the adapter of the model.
         plan: the plan.
         replace: detach a plan that is at work on the model.
+        clip: a CLIP model, for methods that want one.
 
     Raises:
         ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
             Nothing has been changed then.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False) -> None:
+    def __init__(
+        self, adapter: Adapter, plan: Plan, *, replace: bool = False, clip: ClipTower | None = None
+    ) -> None:
         plan = settled(adapter, plan)
+        check_clip(adapter, plan, clip)
+        self.clip = clip
         self.adapter = adapter
         self.plan = plan
         self.before: BeforeLLM | None = only(plan, "before_llm", BeforeLLM)
@@ -165,7 +171,7 @@ class Binding:
     def _watch_features(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         """Note the layout of every image and video the model encodes."""
         signature = inspect.signature(original)
-        reader = VisionReader(self.adapter, modality, self.plan.methods)
+        reader = VisionReader(self.adapter, modality, self.plan.methods, clip_signals(self.plan))
         shrinking = shrinker(self.adapter, modality, self.before)
 
         @wraps(original)
@@ -283,7 +289,8 @@ class Binding:
                 )
             inner.segments = segments(visual, outer.layouts)
             if self.before is not None:
-                keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid)
+                clip = ClipReader(self.clip, outer.input_ids, valid) if self.clip and self.before.wants_clip else None
+                keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid, clip)
             number_candidates(inner, keep)
             inner.first_slots = valid.long().argmax(dim=1).tolist()
             if self.dropper is not None and length > 1:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.call import Inner
+from mmfast.adapters.clip import ClipReader
 from mmfast.adapters.media import Segment
 from mmfast.token_pruning.base import BeforeLLM, Merger, Method
 from mmfast.tokens import Keep, Layout, VisualTokens
 
 
-def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, bool]:
+def reduce_media(
+    method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor, clip: ClipReader | None = None
+) -> tuple[Tensor, Tensor, bool]:
     """Ask a method about each image and video.
 
     Args:
@@ -21,6 +24,7 @@ def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor)
         inner: the call, with its segments.
         embeds: ``[B, S, D]`` embeddings, visual features in place.
         valid: ``[B, S]`` bool, False for padding.
+        clip: what a CLIP model says of the prompts, for methods that want it.
 
     Returns:
         ``[B, S]`` bool of what stays, the embeddings with merged features in place, and whether
@@ -30,11 +34,15 @@ def reduce_media(method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor)
     wanted = method.vision_signals()
     for row, parts in enumerate(inner.segments):
         text = _text(method, embeds, valid, inner, row)
+        if clip is not None:
+            text.update(clip.text(row, parts))
         for index, part in enumerate(parts):
             slots = part.slots.to(embeds.device)
             merging = isinstance(method, Merger)
             features = embeds[row, slots] if merging else embeds[row, slots].detach()
             signals = {**text, **_vision(method, part, embeds.device, detach=not merging)}
+            if clip is not None:
+                signals.update(clip.image(part))
             projectable = wanted.get("patch_features") in part.projections
             with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
                 decision = method(VisualTokens(features, part.layout, index, signals, projectable))

@@ -138,13 +138,16 @@ class VisionReader:
         adapter: the adapter of the model.
         modality: ``"image"`` or ``"video"``.
         methods: the methods of the plan.
+        more: what else to read.
     """
 
-    def __init__(self, adapter: Adapter, modality: str, methods: Sequence[Method]) -> None:
+    def __init__(
+        self, adapter: Adapter, modality: str, methods: Sequence[Method], more: Sequence[VisionSignal] = ()
+    ) -> None:
         self.adapter = adapter
         self.modality = modality
         wanted = [spec for method in methods for spec in method.vision_signals().values() if spec.kind != "groups"]
-        self.specs = tuple(dict.fromkeys(wanted))
+        self.specs = tuple(dict.fromkeys([*wanted, *more]))
         # A function and no method: what is kept beside the features may be copied, the model must not be.
         self._project = _projection(adapter)
 

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from mmfast.report import Report
     from mmfast.tokens import Keep, Layout, VisualTokens
     from mmfast.zoo import load_default
+    from mmfast.zoo.clip import ClipTower
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Accelerated": "mmfast.accelerated",
+    "ClipTower": "mmfast.zoo.clip",
     "Keep": "mmfast.tokens",
     "LanguageShape": "mmfast.budget",
     "Layout": "mmfast.tokens",
@@ -44,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "Accelerated",
+    "ClipTower",
     "Keep",
     "LanguageShape",
     "Layout",

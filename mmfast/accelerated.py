@@ -12,9 +12,12 @@ from torch import nn
 from mmfast.measure import agreement, in_turn, setting_of
 from mmfast.plan import Plan, PlanLike
 from mmfast.report import Comparison, Report
+from mmfast.zoo.clip import ClipTower
 
 
-def accelerate(model: nn.Module, plan: PlanLike, *, replace: bool = False) -> Accelerated:
+def accelerate(
+    model: nn.Module, plan: PlanLike, *, replace: bool = False, clip: ClipTower | None = None
+) -> Accelerated:
     """Make a vision-language model faster, in place and reversibly.
 
     The model keeps its class, its weights and its ``generate``; every change is entered in a ledger
@@ -25,6 +28,7 @@ def accelerate(model: nn.Module, plan: PlanLike, *, replace: bool = False) -> Ac
         plan: text such as ``"divprune(keep=64) + pyramiddrop()"``, a :class:`~mmfast.plan.Plan`, a
             list of method objects, or the path of a TOML or JSON file.
         replace: take off a plan that is already at work on this model; otherwise that is an error.
+        clip: a CLIP model, for methods that compare patches with words in its space.
 
     Returns:
         A handle that is also a context manager.
@@ -44,7 +48,7 @@ def accelerate(model: nn.Module, plan: PlanLike, *, replace: bool = False) -> Ac
     # The outer wall is reached here and nowhere else; it imports transformers.
     from mmfast.adapters import for_model
 
-    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace)
+    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace, clip=clip)
 
 
 class Accelerated:
@@ -55,12 +59,15 @@ class Accelerated:
         plan: the plan.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, adapter: Any, *, replace: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, adapter: Any, *, replace: bool = False, clip: ClipTower | None = None
+    ) -> None:
         self.model = model
         self.plan = plan
         self._adapter = adapter
         self._comparison: Comparison | None = None
-        self._binding = adapter.bind(plan, replace=replace)
+        self._clip = clip
+        self._binding = adapter.bind(plan, replace=replace, clip=clip)
 
     @property
     def active(self) -> bool:
@@ -128,7 +135,7 @@ class Accelerated:
         try:
             yield self.model
         finally:
-            self._binding = self._adapter.bind(self.plan)
+            self._binding = self._adapter.bind(self.plan, clip=self._clip)
 
     def __enter__(self) -> Accelerated:
         return self

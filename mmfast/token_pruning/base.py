@@ -178,6 +178,11 @@ class BeforeLLM(Method):
         check_choice("positions", self.positions, [None, "keep", "compact"])
         check_choice("newline", self.newline, ["keep_nonempty", "keep", "drop"])
 
+    @property
+    def wants_clip(self) -> bool:
+        """Whether ``clip_image_embeds`` and ``clip_text_embeds`` of a CLIP model are needed."""
+        return False
+
     def keep_count(self, candidates: int) -> int:
         """Say how many of ``candidates`` tokens survive; the promise that tests hold.
 

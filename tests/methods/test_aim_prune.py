@@ -64,6 +64,8 @@ def test_bad_options_are_refused(options: dict[str, float]) -> None:
         AIMPrune(**options)
 
 
-def test_what_cannot_be_reached_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"keep=0\.07 as an average over the layers cannot be reached"):
-        AIMPrune(keep=0.07).events(5)
+def test_what_cannot_be_reached_is_said() -> None:
+    method = AIMPrune(keep=0.07)
+    assert method.notice(5).startswith("keep=0.07 as an average over the layers cannot be reached")
+    assert method.counts(16, 5) == [0] * 4
+    assert AIMPrune(keep=0.2).notice(5) == ""

@@ -18,7 +18,9 @@ from support.anyres import anyres
 
 def kept_of(layout: Layout, logits: Tensor, **options: Any) -> Keep:
     features = torch.arange(len(layout)).float()[:, None]
-    decision: Keep | None = get("globalcom2").method(**options)(VisualTokens(features, layout, signals={"logits": logits}))
+    decision: Keep | None = get("globalcom2").method(**options)(
+        VisualTokens(features, layout, signals={"logits": logits})
+    )
     assert decision is not None
     return decision
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "kv": {"core", "kernels"},
     "speculative": {"core", "kernels"},
     "plan": {"core", "token_pruning", "kv", "speculative"},
-    "accelerate": {"core", "plan"},
+    "accelerate": {"core", "plan", "zoo"},
     "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
     "training": {"public", "media"},
@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
 # (room, room) -> the only names that pass. Written as `from mmfast.adapters import for_model`.
 DOORS = {
     ("accelerate", "adapters"): {"for_model"},
-    ("zoo", "adapters"): {"load_pretrained"},
+    ("zoo", "adapters"): {"load_clip", "load_pretrained"},
     ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }
 
@@ -62,6 +62,7 @@ DOORS = {
 HOMES = {
     "transformers": {"adapters"},
     "huggingface_hub": {"adapters"},
+    "open_clip": {"adapters"},
     "triton": {"kernels"},
     "av": {"media"},
     "decord": {"media"},

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mmfast
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
-from mmfast.token_pruning.encoder_base import GROUPS, EncoderMerger
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 from mmfast.tokens import Keep, Layout, VisualTokens
 from support.families import Batch
@@ -122,33 +120,6 @@ def expected(
     return Expected(logits[prompt - 1 :], logits[:prompt], work, run.items)
 
 
-def given_by_adapters(batch: Batch, method: BeforeLLM) -> tuple[BeforeLLM, list[VisualTokens]]:
-    """Let a model run under a method that acts in the vision encoder, and note what it is given.
-
-    What such a method does to the encoder has tests of its own; from here on everything is worked out anew.
-
-    Returns:
-        The method as it was settled for the model, and its tokens if it does act in the encoder, else none.
-    """
-    seen: list[tuple[BeforeLLM, VisualTokens]] = []
-
-    def note(self: BeforeLLM, tokens: VisualTokens) -> None:
-        seen.append((self, tokens))
-
-    model = batch.family.model("eager")
-    original = type(method).__call__
-    try:
-        type(method).__call__ = note  # type: ignore[method-assign]
-        with mmfast.accelerate(model, [method]):
-            model(**batch.inputs)
-    finally:
-        type(method).__call__ = original  # type: ignore[method-assign]
-    if not seen:
-        return method, []
-    settled = seen[0][0]
-    return settled, [tokens for _, tokens in seen] if GROUPS in settled.vision_signals() else []
-
-
 class _Run:
     """One row on its way through the decoder."""
 
@@ -159,9 +130,6 @@ class _Run:
             for kind in (BeforeLLM, LayerDropper, LayerBypass, LayerMask)
         )
         self.model = batch.family.model("eager")
-        self.given_tokens: list[VisualTokens] = []
-        if self.before is not None and self.acts_in_encoder(self.before):
-            self.before, self.given_tokens = given_by_adapters(batch, self.before)
         self.decoder = self.model.get_decoder()
         self.items = items_of(batch)
         shrinking = acting(self.before, self.family.name)
@@ -193,11 +161,6 @@ class _Run:
         for index, item in enumerate(self.items):
             self.visual[item.slots] = True
             self.media[item.slots[~item.layout.is_newline]] = index
-
-    @staticmethod
-    def acts_in_encoder(method: BeforeLLM) -> bool:
-        """Say whether a method may make the vision encoder itself run on fewer tokens."""
-        return isinstance(method, EncoderMerger) or GROUPS in method.vision_signals()
 
     @cached_property
     def tower(self) -> Tower:
@@ -240,13 +203,9 @@ class _Run:
         """Take tokens out of the sequence."""
         keep = torch.ones(self.length, dtype=torch.bool)
         embeds = self.embeds.clone()
-        given = self.given_tokens
-        signals = {} if given else self.signals(method)
+        signals = self.signals(method)
         for index, item in enumerate(self.items):
-            tokens = given[index] if given else self._tokens(method, index, item, signals)
-            if given:
-                embeds[item.slots] = tokens.features
-            decision = method(tokens)
+            decision = method(self._tokens(method, index, item, signals))
             if decision is None:
                 continue
             kept = item.slots[decision.indices]

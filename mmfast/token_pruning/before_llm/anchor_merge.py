@@ -82,6 +82,11 @@ class AnchorMerge(Merger):
         method: BeforeLLM = info.method(**options)
         return method
 
+    @property
+    def wants_clip(self) -> bool:
+        """As the other method."""
+        return self.inner.wants_clip
+
     def vision_signals(self) -> Mapping[str, VisionSignal]:
         """Ask for what the other method reads."""
         return self.inner.vision_signals()

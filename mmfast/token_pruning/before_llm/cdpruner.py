@@ -79,12 +79,12 @@ def clip_embeddings(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
         ValueError: if there is no CLIP model.
 
     Example:
-        >>> clip_embeddings(VisualTokens.from_features(torch.ones(2, 3)))
-        Traceback (most recent call last):
-        ValueError: relevance='clip' needs a CLIP model: accelerate(model, plan, clip=mmfast.ClipTower.load(...)), or take relevance='llm'
+        >>> signals = {"clip_image_embeds": torch.ones(4, 2), "clip_text_embeds": torch.ones(1, 2)}
+        >>> patches, texts = clip_embeddings(VisualTokens.from_features(torch.ones(4, 3), **signals))
+        >>> patches.shape, texts.shape
+        (torch.Size([4, 2]), torch.Size([1, 2]))
     """
-    found = [tokens.signals.get(name) for name in ("clip_image_embeds", "clip_text_embeds")]
-    patches, texts = found
+    patches, texts = (tokens.signals.get(name) for name in ("clip_image_embeds", "clip_text_embeds"))
     if patches is None or texts is None:
         raise ValueError(
             "relevance='clip' needs a CLIP model: accelerate(model, plan, clip=mmfast.ClipTower.load(...)), "

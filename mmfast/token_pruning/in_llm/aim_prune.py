@@ -57,17 +57,17 @@ class AIMPrune(LayerScorer):
             raise ValueError(f"damping={self.damping} must lie in [0, 1)")
 
     def events(self, depth: int) -> list[LayerEvent]:
-        """Return one event per layer but the first; those that drop nothing are left out by the counts.
-
-        Raises:
-            ValueError: if ``keep`` is a fraction that cannot be reached.
-        """
-        if isinstance(self.keep, float) and self.keep * depth < 1.0:
-            raise ValueError(
-                f"keep={self.keep:g} as an average over the layers cannot be reached: the first of {depth} layers "
-                f"reads every token, so it must be at least {1 / depth:.3f}; drop before the LLM"
-            )
+        """Return one event per layer but the first; those that drop nothing are left out by the counts."""
         return [LayerEvent(layer, layer - 1, depth) for layer in range(1, depth)]
+
+    def notice(self, depth: int) -> str:
+        """Say when ``keep`` is a fraction that cannot be reached."""
+        if not isinstance(self.keep, float) or self.keep * depth >= 1.0:
+            return ""
+        return (
+            f"keep={self.keep:g} as an average over the layers cannot be reached: the first of {depth} layers reads every "
+            f"token, so the least, {1 / depth:.3f}, is what it comes to; drop before the LLM for less"
+        )
 
     def request(self, event: LayerEvent) -> LayerRequest:
         """Ask for the layer before."""
