@@ -285,7 +285,7 @@ class Adapter:
         return align_tiles(maps, features)
 
     def patches_per_side(self, modality: str) -> int | None:
-        """Return the side of the square of patches that becomes one visual token; None where pictures cannot be resized."""
+        """Return the side of the square of patches that becomes one token; None where pictures cannot be resized."""
         return None
 
     def tiles_per_item(self, modality: str, arguments: Mapping[str, Any]) -> int:

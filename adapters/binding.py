@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_unsupported
-from mmfast.adapters.clip import ClipReader, ClipTower, check_clip, clip_signals
 from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.clip import ClipReader, ClipTower, check_clip, clip_signals
 from mmfast.adapters.encoder import add_groups, settled
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
@@ -67,9 +67,7 @@ class Binding:
             Nothing has been changed then.
     """
 
-    def __init__(
-        self, adapter: Adapter, plan: Plan, *, replace: bool = False, clip: ClipTower | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False, clip: ClipTower | None = None) -> None:
         plan = settled(adapter, plan)
         check_clip(adapter, plan, clip)
         self.clip = clip

@@ -197,7 +197,9 @@ class ClipReader:
         last = max(int(part.slots[-1]) for part in parts)
         question = text.clone()
         question[: last + 1] = False
-        return {"clip_text_embeds": self.tower.text_embeds(self.input_ids[row, question if bool(question.any()) else text])}
+        return {
+            "clip_text_embeds": self.tower.text_embeds(self.input_ids[row, question if bool(question.any()) else text])
+        }
 
     def image(self, part: Segment) -> dict[str, Tensor]:
         """Embed the visual tokens of an image or video.

@@ -169,8 +169,10 @@ class EncoderMerging:
             arguments: arguments of ``get_{modality}_features`` by name.
         """
         tower = self.adapter.tower(self.modality)
-        if tower.training and _CHECKPOINTS_RUN_HOOKS and any(
-            getattr(module, "gradient_checkpointing", False) for module in tower.modules()
+        if (
+            tower.training
+            and _CHECKPOINTS_RUN_HOOKS
+            and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
         ):
             raise ValueError(
                 f"method {self.method.name!r}: merging inside the vision encoder with gradient checkpointing needs a "
@@ -212,7 +214,7 @@ class _Call(Shrunk):
             ledger.hook(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
         for index in range(self.feature_block):
             block = self.blocks[index]
-            ledger.hook(block.self_attn.k_proj.register_forward_hook(self._note_keys))  # type: ignore[union-attr, operator]
+            ledger.hook(block.self_attn.k_proj.register_forward_hook(self._note_keys))  # type: ignore[union-attr]
             ledger.hook(block.register_forward_hook(self._after(index)))
         ledger.hook(self.tower.register_forward_hook(self._leave))
 
@@ -320,7 +322,9 @@ class _Call(Shrunk):
         # Features of several blocks are joined: each has to be that of the tokens there are in the end.
         last = self.sources[-1]
         ones = torch.ones(last.shape[1], device=states.device)
-        rows = [merge_rows(row, ones, source, int(source.max()) + 1)[0] for row, source in zip(found, last, strict=True)]
+        rows = [
+            merge_rows(row, ones, source, int(source.max()) + 1)[0] for row, source in zip(found, last, strict=True)
+        ]
         return torch.stack([row[source] for row, source in zip(rows, last, strict=True)])
 
     def expand(self, rows: Tensor, block: int) -> Tensor:

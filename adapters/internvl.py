@@ -11,4 +11,5 @@ class InternVL(Adapter):
 
     def patches_per_side(self, modality: str) -> int | None:
         """Squares of patches are joined."""
-        return round(1 / self.model.config.downsample_ratio)
+        ratio: float = self.model.config.downsample_ratio
+        return round(1 / ratio)

@@ -24,8 +24,8 @@ from mmfast.adapters.encoder import (
     pixels_of,
 )
 from mmfast.adapters.ledger import Ledger
-from mmfast.token_pruning.base import BeforeLLM
 from mmfast.plan import Plan
+from mmfast.token_pruning.base import BeforeLLM
 from mmfast.token_pruning.before_llm.downsample import Downsample, smaller_grid
 from mmfast.token_pruning.encoder_base import EncoderMerger
 
@@ -157,7 +157,7 @@ class _Tiles(Shrunk):
         if mask is not None:
             if not bool(mask.all()):
                 raise ValueError(
-                    f"method {self.method.name!r} cannot resize pictures with padding (patch_attention_mask has zeros); "
+                    f"method {self.method.name!r} cannot resize pictures with padding (zeros in patch_attention_mask); "
                     "use 'pool2d'"
                 )
             kwargs["patch_attention_mask"] = mask.new_ones(len(mask), small[0] * self.side, small[1] * self.side)
@@ -188,7 +188,9 @@ class _Tiles(Shrunk):
             return
         output.last_hidden_state = self.expand(output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(None if states is None else self.expand(states) for states in output.hidden_states)
+            output.hidden_states = tuple(
+                None if states is None else self.expand(states) for states in output.hidden_states
+            )
 
     def expand(self, rows: Tensor, block: int = 0) -> Tensor:
         """As in the base."""
@@ -217,10 +219,11 @@ class _Packed(Shrunk):
         """Fold the patches to images, resize them, and unfold them again."""
         patches: Tensor = args[0] if args else kwargs["hidden_states"]
         grids: Tensor = kwargs["grid_thw"]
-        parts, sizes, index, self.token_groups = [], [], [], []
-        for part, (time, rows, cols) in zip(
-            patches.split(grids.prod(dim=-1).tolist()), grids.tolist(), strict=True
-        ):
+        self.token_groups = []
+        parts: list[Tensor] = []
+        index: list[Tensor] = []
+        sizes: list[tuple[int, int, int]] = []
+        for part, (time, rows, cols) in zip(patches.split(grids.prod(dim=-1).tolist()), grids.tolist(), strict=True):
             full = rows // self.side, cols // self.side
             tokens = time * full[0] * full[1]
             kept = self.method.keep_count(tokens)

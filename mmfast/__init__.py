@@ -5,7 +5,7 @@ One call, :func:`accelerate`, prunes and merges visual tokens of an unmodified H
 
     >>> import mmfast
     >>> sorted(method.name for method in mmfast.methods())[:2]
-    ['divprune', 'fastv']
+    ['aim_merge', 'aim_prune']
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ def methods(stage: str | None = None) -> list[MethodInfo]:
         ValueError: if the stage is unknown.
 
     Example:
-        >>> [info.name for info in methods("in_llm")]
-        ['fastv', 'pyramiddrop', 'random_in_llm', 'uniform_in_llm']
+        >>> [info.name for info in methods("in_llm") if info.action == "reroutes"]
+        ['gamma_mod', 'p_mod', 'saisa', 'shortv', 'zipvl']
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"stage {stage!r} must be one of {', '.join(STAGES)}")

@@ -65,8 +65,8 @@ class AIMPrune(LayerScorer):
         if not isinstance(self.keep, float) or self.keep * depth >= 1.0:
             return ""
         return (
-            f"keep={self.keep:g} as an average over the layers cannot be reached: the first of {depth} layers reads every "
-            f"token, so the least, {1 / depth:.3f}, is what it comes to; drop before the LLM for less"
+            f"keep={self.keep:g} as an average over the layers cannot be reached: the first of {depth} layers reads "
+            f"every token, so the least, {1 / depth:.3f}, is what it comes to; drop before the LLM for less"
         )
 
     def request(self, event: LayerEvent) -> LayerRequest:
