@@ -73,8 +73,7 @@ def load_clip(
     config = AutoConfig.from_pretrained(name, **options)
     if config.model_type != "clip":
         raise ValueError(f"{name!r} is a {config.model_type!r} model, no CLIP model with text and image encoder")
-    model: Any = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options)
-    model = model.to(place).eval()
+    model = _weights(name, options).to(place).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
 
     def words(text: str) -> list[int]:
@@ -94,6 +93,18 @@ def load_clip(
     return ClipParts(
         words, encode, project, config.text_config.max_position_embeddings - 2, config.vision_config.hidden_size
     )
+
+
+def _weights(name: str, options: dict[str, Any]) -> Any:
+    try:
+        return CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options)
+    except OSError as error:
+        if "safetensors" in str(error):
+            raise ValueError(
+                f"{name!r} has no *.safetensors weights, and others are not read; load the model elsewhere and write "
+                "it again with save_pretrained()"
+            ) from error
+        raise
 
 
 def _open_clip(name: str, weights: str | Path | None, device: torch.device) -> ClipParts:

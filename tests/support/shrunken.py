@@ -36,11 +36,13 @@ class Shrunken:
         groups: per visual token of an item, which token of the encoder it shows.
         attention: per visual token, what the class token, or on average every token, pays to it.
         entered: the tokens that each block ran on, of every row.
+        states: of every row, what each block gave, ``[places, C]``; first what entered the first.
     """
 
     groups: dict[str, list[Tensor]] = field(default_factory=dict)
     attention: dict[str, list[Tensor]] = field(default_factory=dict)
     entered: list[list[int]] = field(default_factory=list)
+    states: list[list[Tensor]] = field(default_factory=list)
 
 
 @contextmanager
@@ -276,6 +278,7 @@ class _Merging(_Run):
             hidden, source = merged, [int(into[old]) for old in source]
         self.found.entered.append(entered)
         final = [torch.stack([state[token] for token in tokens]) for state, tokens in states]
+        self.found.states.append(final)
         members = [[place for place in range(places) if source[place] == token] for token in range(len(hidden))]
         pooled = [
             torch.stack([state[members[source[place]]].mean(dim=0) for place in range(places)])[None] for state in final
