@@ -115,20 +115,22 @@ def encoder_groups(tokens: VisualTokens) -> tuple[Tensor, Tensor]:
     """Read which visual tokens share a token of the vision encoder.
 
     Returns:
-        ``(slots, source)``: int64 ``[G]`` the visual token nearest to the middle of each group, and int64
-        ``[N]`` the group of each visual token. Without the signal each token is a group of its own.
+        ``(slots, source)``: int64 ``[G]`` the visual token nearest to the middle of each group, ascending, and
+        int64 ``[N]`` the group of each visual token. Without the signal each token is a group of its own.
 
     Example:
         >>> tokens = VisualTokens(torch.ones(4, 2), Layout.grid(1, 4), signals={GROUPS: torch.tensor([7, 7, 7, 3])})
         >>> [part.tolist() for part in encoder_groups(tokens)]
-        [[3, 1], [1, 1, 1, 0]]
+        [[1, 3], [0, 0, 0, 1]]
     """
     groups = tokens.signals.get(GROUPS)
     if groups is None:
         alone = torch.arange(len(tokens), device=tokens.features.device)
         return alone, alone
     source = groups.unique(return_inverse=True)[1].to(tokens.features.device)
-    return central_members(tokens.layout, source), source
+    # The numbers mean nothing: what follows must not depend on them.
+    slots, order = central_members(tokens.layout, source).sort()
+    return slots, order.argsort()[source]
 
 
 def central_members(layout: Layout, source: Tensor) -> Tensor:

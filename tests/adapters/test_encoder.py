@@ -21,8 +21,8 @@ from mmfast.token_pruning.encoder_base import GROUPS
 from support.cases import case_id, mixed, one, two, video
 from support.checks import census, check_against_reference, first_logits, generate
 from support.families import FAMILIES, Batch, Family, cast
-from support.prompts import Media
 from support.probes import InnerProbe, wanted
+from support.prompts import Media
 from support.reference import decoder_inputs, items_of
 from support.shrunken import MERGES_INSIDE, acting, shrunken
 

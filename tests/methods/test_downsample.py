@@ -61,7 +61,7 @@ def test_features_are_those_of_the_resized_picture(name: str) -> None:
     """The model's own call on the smaller picture gives them, without any code of the library."""
     family = FAMILIES[name]
     model, batch = family.model(), one(family)
-    ((key, full),) = ((key, value) for key, value in batch.inputs.items() if key.startswith("pixel"))
+    (full,) = (value for key, value in batch.inputs.items() if key.startswith("pixel"))
     small = interpolate(full, (8, 8), mode="bilinear", antialias=True)
     with torch.no_grad():
         expected = model.base_model.get_image_features(small, interpolate_pos_encoding=True).pooler_output
@@ -95,9 +95,7 @@ def test_the_encoder_runs_on_fewer_patches(family: Family) -> None:
 
 def test_the_embedded_model() -> None:
     model, processor = mmfast.load_default()
-    inputs = processor(
-        text="<image> what color is the ring?", images=mmfast_picture(), return_tensors="pt"
-    )
+    inputs = processor(text="<image> what color is the ring?", images=mmfast_picture(), return_tensors="pt")
     with mmfast.accelerate(model, "downsample(keep=64)") as fast, torch.no_grad():
         logits = model(**inputs).logits
         (record,) = fast.report().media

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -73,6 +73,8 @@ def visual_tokens(method: Method, side: tuple[int, int], frames: int, seed: int,
     duplicates=st.booleans(),
     dtype=dtypes,
 )
+@example(side=(1, 2), frames=3, keep=1, seed=0, scope="global", duplicates=False, dtype=torch.float32)
+@example(side=(1, 2), frames=3, keep=1, seed=0, scope="per_tile", duplicates=True, dtype=torch.float32)
 @settings(max_examples=40, deadline=None)
 def test_before_llm_decisions_are_sound(
     info: mmfast.MethodInfo,

@@ -164,7 +164,7 @@ def test_going_around_with_other_attention(family: Family, way: str, attention: 
     if attention == FLASH and (family.window or way == "freeze"):
         model, stock = family.model(attention), census(family.model(attention))
         with pytest.raises(ValueError, match=r"cannot read|measures sliding windows"):
-            mmfast.accelerate(model, [Detour(bypass=way)])
+            mmfast.accelerate(model, [Detour(bypass=way)]).remove()
         assert census(model) == stock
         return
     check_against_reference(mixed(family), [Detour(bypass=way)], attention)
@@ -181,6 +181,50 @@ def test_going_around_after_a_cut_before_the_decoder(family: Family, way: str) -
 @pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
 def test_all_layers_have_a_bypass(family: Family, way: str) -> None:
     check_against_reference(two(family), [Detour(bypass=way, layers=(0, 1, 2, 3, 4))])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("way", ["skip", "freeze", "attention"])
+@pytest.mark.parametrize("layers", [(2,), (1, 3, 4)], ids=["between", "same-layers"])
+def test_dropping_and_going_around(name: str, way: str, layers: tuple[int, ...]) -> None:
+    """What is read ahead in the layers that do both is the attention of all that are alive."""
+    drops = Trial(needs=frozenset({"attention"}), asks=tuple(REQUESTS["own layer ahead"]), merge=True)
+    check_against_reference(mixed(FAMILIES[name]), [drops, Detour(bypass=way, layers=layers)])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "pyramiddrop(keep=0.5) + shortv(keep=0.4)",
+        "pyramiddrop(keep=0.5) + zipvl(keep=0.5)",
+        "fastv(keep=5) + p_mod(keep=0.6)",
+        "fastv(keep=5) + gamma_mod(keep=0.4)",
+        "dart(keep=6) + shortv(keep=0.4)",
+        "fastv(keep=5) + aki_mma()",
+        "scope(keep=12) + himap(keep=0.5) + shortv(keep=0.4)",
+    ],
+)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_published_methods_compose(name: str, plan: str) -> None:
+    check_against_reference(mixed(FAMILIES[name]), plan)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "fastv(keep=5, layer=4) + gamma_mod(keep=0.4)",
+        "corematching(keep=0.5) + p_mod(keep=0.6)",
+        "fastv(keep=5) + saisa()",
+        "fastv(keep=5) + zipvl(keep=0.5)",
+    ],
+)
+def test_reading_where_tokens_go_around_is_refused(plan: str) -> None:
+    """Tokens that take no part in a layer have no row of its attention and no activations there."""
+    model = FAMILIES["llava"].model()
+    stock = census(model)
+    with pytest.raises(ValueError, match="go around"):
+        mmfast.accelerate(model, plan).remove()
+    assert census(model) == stock
 
 
 METHODS = {

@@ -35,8 +35,6 @@ class Downsample(Merger):
     def merge(self, tokens: VisualTokens, kept: int) -> Keep:
         """Keep one visual token for each token of the smaller picture."""
         slots, source = encoder_groups(tokens)
-        slots, order = slots.sort()
-        source = order.argsort()[source]
         sizes = torch.bincount(source, minlength=slots.numel()).float()
         if slots.numel() > kept:
             chosen = uniform_subset(slots.numel(), kept).to(slots.device)
