@@ -145,6 +145,8 @@ def choice_row(info: mmfast.MethodInfo) -> dict[str, Any]:
     keep = 256 if info.stage == "before_llm" else 0.35
     method = info.method(keep=keep) if "keep" in info.options else info.method()
     row: dict[str, Any] = {"method": info.name}
+    if any(signal.kind == "groups" for signal in method.vision_signals().values()):
+        return {**row, "note": "decides inside the vision encoder, not on finished tokens"}
     seconds = []
     for frames in FRAMES:
         tokens = visual_tokens(method, frames) if isinstance(method, BeforeLLM) else layer_tokens(method, frames)
