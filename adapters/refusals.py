@@ -76,6 +76,8 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
             f"method {masked[-1].name!r} needs a mask that attention implementation {implementation!r} cannot "
             "read; load the model with attn_implementation='sdpa' or 'eager'"
         )
+    if dropper is not None and bypass is not None:
+        _check_reading(dropper, bypass, adapter.shape.layers)
     inside = dropper or bypass or mask
     if inside is not None and (implementation == "flex_attention" or "|" in implementation):
         raise ValueError(
@@ -91,6 +93,21 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
         )
     if inside is not None and adapter.no_layer_drops:
         raise ValueError(f"method {inside.name!r} cannot drop tokens inside this model: {adapter.no_layer_drops}")
+
+
+def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> None:
+    """Refuse to read a layer in which only some of the tokens take part."""
+    around = set(bypass.layers_of(depth))
+    for event in dropper.events(depth):
+        request = dropper.request(event)
+        read = {request.layer} if request is not None and not request.ahead else set()
+        if "activations" in dropper.needs:
+            read.add(event.layer - 1)
+        if read & around:
+            raise ValueError(
+                f"method {dropper.name!r} reads layer {min(read & around)}, where {bypass.name!r} lets tokens go around; "
+                "choose other layers for one of them, or use one of them alone"
+            )
 
 
 def _check_kind(method: Method) -> None:

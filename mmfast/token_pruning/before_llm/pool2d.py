@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from mmfast.registry import register
 from mmfast.token_pruning.base import Merger
+from mmfast.token_pruning.before_llm.uniform import uniform_subset
 from mmfast.tokens import Keep, VisualTokens
 
 
@@ -36,7 +37,10 @@ class Pool2d(Merger):
                 "these inputs; pass pixel values instead of precomputed features, or use 'uniform'"
             )
         groups = _grids(tokens)
-        share = max(1, kept // len(groups))
+        if len(groups) > kept:
+            # One cell each is too much: whole frames or tiles go.
+            groups = [groups[index] for index in uniform_subset(len(groups), kept).tolist()]
+        share = kept // len(groups)
         slots: list[int] = []
         sizes: list[float] = []
         features: list[Tensor] = []
