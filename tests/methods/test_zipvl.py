@@ -95,9 +95,7 @@ def test_predicted_counts() -> None:
     assert ZipVL().keep_counts(40, 7, 3) is None
 
 
-@pytest.mark.parametrize(
-    "options", [{"mass": 0.0}, {"mass": 1.5}, {"recent": 0}, {"sampled": -1}, {"keep": 0}, {"positions": "new"}]
-)
+@pytest.mark.parametrize("options", [{"mass": 0.0}, {"mass": 1.5}, {"recent": 0}, {"sampled": -1}, {"keep": 0}])
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         ZipVL(**options)
