@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints-cpu.txt
 TESTS ?= tests
+# Test processes side by side; 0 runs everything in one.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -28,7 +30,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 test: $(READY)  ## run the tests; what is skipped is listed with its reason (TESTS=path for a part)
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n $(JOBS) $(TESTS)
 
 demo: $(READY)  ## compare the demo model with and without plans on two clips; writes build/demo/*.html
 	@mkdir -p $(DEMO)
