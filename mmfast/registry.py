@@ -14,10 +14,24 @@ from typing import Any, TypeVar
 STAGES = ("frames", "encoder", "before_llm", "in_llm", "cache", "decode")
 """The stages of one request, in the order in which they run."""
 
-STACKING_STAGES = frozenset({"encoder", "cache"})
-"""Stages in which a plan may hold more than one method."""
+STACKING_STAGES = frozenset({"encoder"})
+"""Stages in which a plan may hold more than one method of a role."""
 
-_ROOMS = ("mmfast.token_pruning.before_llm", "mmfast.token_pruning.in_llm")
+_ROOMS = (
+    "mmfast.token_pruning.before_llm",
+    "mmfast.token_pruning.in_llm",
+    "mmfast.kv.eviction",
+    "mmfast.kv.retrieval",
+    "mmfast.kv.packing",
+)
+_ACTIONS = {
+    "LayerBypass": "reroutes",
+    "LayerMask": "masks",
+    "Adjuster": "adjusts",
+    "Retriever": "reads a part",
+    "Packer": "packs",
+}
+"""Kind of method -> what it does, where that is neither dropping nor merging."""
 _ENTRY_POINTS = "mmfast.methods"
 _REGISTERED: dict[str, MethodInfo] = {}
 
@@ -61,10 +75,8 @@ class MethodInfo:
 
     @property
     def action(self) -> str:
-        """What happens to a token that is not worth it: ``drops``, ``merges``, ``reroutes`` or ``masks``."""
-        if self.kind in ("LayerBypass", "LayerMask"):
-            return "reroutes" if self.kind == "LayerBypass" else "masks"
-        return "merges" if self.merges else "drops"
+        """What happens to a token that is not worth it, in one word such as ``drops`` or ``merges``."""
+        return _ACTIONS.get(self.kind) or ("merges" if self.merges else "drops")
 
     @property
     def turns(self) -> str:

@@ -41,6 +41,9 @@ SIGNALS = frozenset(
         "final_norm",
         "layer_norm",
         "activations",
+        # of the layers whose keys and values are cached
+        "rotation",
+        "output_projection",
     }
 )
 """Every signal a method may name in ``needs``."""

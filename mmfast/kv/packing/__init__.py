@@ -1,0 +1,1 @@
+"""Methods that store keys and values in a smaller form; one file each."""
