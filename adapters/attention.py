@@ -18,18 +18,26 @@ from mmfast.token_pruning.attention import AttentionView
 
 _PREFIX = "mmfast_"
 _users: dict[str, int] = {}
-_captures: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
+_listeners: WeakKeyDictionary[nn.Module, list[Listener]] = WeakKeyDictionary()
 
 
 class CaptureDone(Exception):
     """Ends an attention module early once its queries and keys have been read."""
 
 
-class Listener(Protocol):
-    """Whoever wants to know what a module attends with."""
+Operands = tuple[Tensor, Tensor, Any]
+"""Keys, values and mask of an attention function."""
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
-        """Take what the attention function is about to be called with; its keywords are in ``options``."""
+
+class Listener(Protocol):
+    """Whoever wants to know what a module attends with, or to change it."""
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> Operands | None:
+        """Take what the attention function is about to be called with; its keywords are in ``options``.
+
+        Returns:
+            Keys, values and mask to attend with instead, or None to leave them.
+        """
 
 
 @dataclass
@@ -45,6 +53,7 @@ class Capture:
         scaling: factor of the logits.
         softcap: cap of the logits.
         causal: whether tokens see only what comes before them, where no 4-D mask says so.
+        real: ``[B, Q]`` bool, which of the tokens are real; None = all.
     """
 
     slots: Tensor
@@ -56,6 +65,7 @@ class Capture:
     scaling: float | None = None
     softcap: float | None = None
     causal: bool = True
+    real: Tensor | None = None
 
     def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         """Keep references.
@@ -71,32 +81,35 @@ class Capture:
         if self.stop:
             raise CaptureDone
 
-    def view(self, row: int, places: Tensor | None) -> AttentionView:
+    def view(self, row: int, places: Tensor | None, past: Tensor | None = None) -> AttentionView:
         """Return the attention of one prompt.
 
         Args:
             row: row of the batch.
             places: ``[n]`` int64, which of the Q tokens belong to the prompt; None = all.
+            past: ``[m]`` int64, which columns stand for the past; None = all before the Q tokens.
         """
         if self.query is None or self.key is None or self.value is None:
             raise RuntimeError("an attention module was not run between the request for its attention and its use")
         query, key, value = self.query[row], self.key[row], self.value[row]
-        past = key.shape[1] - query.shape[1]
-        mask = self._mask(row, query.shape[1], past)
+        before = key.shape[1] - query.shape[1]
+        mask = self._mask(row, query.shape[1], before)
         # Read without the past, the columns of the past stand in the mask all the same.
-        mask = None if mask is None else mask[:, -key.shape[1] :]
+        mask = None if mask is None else mask[..., -key.shape[1] :]
         if places is not None:
             places = places.to(query.device)
-            columns = torch.cat([torch.arange(past, device=query.device), places + past])
+            past = torch.arange(before, device=query.device) if past is None else past.to(query.device)
+            columns = torch.cat([past, places + before])
             query, key, value = query[:, places], key[:, columns], value[:, columns]
-            mask = None if mask is None else mask[places][:, columns]
+            mask = None if mask is None else mask[..., places, :][..., columns]
         return AttentionView(query, key, value, self.scaling, self.softcap, mask)
 
     def _mask(self, row: int, queries: int, past: int) -> Tensor | None:
-        """Return ``[Q, past + Q]``, or None where causality says it all."""
+        """Return ``[Q, past + Q]`` or ``[H, Q, past + Q]``, or None where causality says it all."""
         mask = self.mask
         if mask is not None and mask.ndim == 4:
-            return mask[row if mask.shape[0] > 1 else 0, 0]
+            own = mask[row if mask.shape[0] > 1 else 0]
+            return own[0] if own.shape[0] == 1 else own
         if mask is not None and (mask.numel() == 0 or bool(mask[row, -(past + queries) :].all())):
             mask = None
         if mask is None and self.causal:
@@ -147,14 +160,18 @@ def register_tap(implementation: str, ledger: Ledger) -> None:
     ledger.enter(release)
 
 
-def watch(module: nn.Module, listener: Listener) -> None:
-    """Let ``listener`` know whenever ``module`` attends."""
-    _captures[module] = listener
+def watch(module: nn.Module, listener: Listener) -> Callable[[], None]:
+    """Let ``listener`` know whenever ``module`` attends, until the function returned is called."""
+    _listeners.setdefault(module, []).append(listener)
 
+    def end() -> None:
+        left = [other for other in _listeners.get(module, []) if other is not listener]
+        if left:
+            _listeners[module] = left
+        else:
+            _listeners.pop(module, None)
 
-def unwatch(module: nn.Module) -> None:
-    """Stop watching a module."""
-    _captures.pop(module, None)
+    return end
 
 
 def _make_tap(implementation: str) -> Callable[..., Any]:
@@ -167,11 +184,13 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        listener = _captures.get(module)
-        if listener is not None:
+        for listener in _listeners.get(module, ()):
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
-            listener.take(query, key, value, attention_mask, {**kwargs, "is_causal": causal})
+            options = {**kwargs, "is_causal": causal}
+            changed = listener.take(query, key, value, attention_mask, options)
+            if changed is not None:
+                key, value, attention_mask = changed
         return _original(implementation, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tap

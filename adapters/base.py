@@ -82,6 +82,8 @@ class Adapter:
             "final_norm",
             "layer_norm",
             "activations",
+            "rotation",
+            "output_projection",
         }
     )
 
@@ -187,6 +189,23 @@ class Adapter:
             f"the feed-forward part {type(part).__name__} has no single down projection, so methods that read its "
             "activations cannot run on this model"
         )
+
+    def output_projection(self, layer: nn.Module) -> nn.Linear:
+        """Return the projection behind the attention of a decoder layer.
+
+        Raises:
+            ValueError: if it cannot be found.
+        """
+        module = self.attention(layer)
+        for name in ("o_proj", "out_proj", "dense", "wo"):
+            found = getattr(module, name, None)
+            if isinstance(found, nn.Linear):
+                return found
+        raise ValueError(f"the attention module {type(module).__name__} has no linear output projection")
+
+    def text_positions(self, places: Tensor) -> Tensor:
+        """Turn places ``[m]`` of text into position ids as :meth:`rotary` reads them."""
+        return places[None]
 
     def rotary(self, layer: nn.Module, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines for new positions ``[B, S]``."""

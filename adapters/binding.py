@@ -22,6 +22,7 @@ from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_uns
 from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.clip import ClipReader, ClipTower, check_clip, clip_signals
 from mmfast.adapters.encoder import add_groups, settled
+from mmfast.adapters.kv import CacheRunner
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.mask_rules import rewritten
@@ -40,6 +41,7 @@ from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
 from mmfast.adapters.resizing import shrinker
 from mmfast.adapters.vision import VisionReader
+from mmfast.kv.base import CacheMethod
 from mmfast.plan import Plan
 from mmfast.report import Report
 from mmfast.token_pruning.base import BeforeLLM
@@ -101,6 +103,9 @@ class Binding:
             if inside is not None and notice:
                 warnings.warn(f"method {inside.name!r}: {notice}", stacklevel=5)
         self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
+        cuts = self.dropper is not None and bool(self.dropper.truncations(adapter.shape.layers))
+        kept = tuple(method for method in plan.at("cache") if isinstance(method, CacheMethod))
+        self.kv = CacheRunner(adapter, kept, self.recorder, late=cuts)
         try:
             self._attach()
         except BaseException:
@@ -150,6 +155,8 @@ class Binding:
     @property
     def _reads_attention(self) -> bool:
         """Whether the decoder has to attend through the tap in some call."""
+        if self.kv.reads_attention:
+            return True
         if self.dropper is not None and any(self.dropper.request(event) for event in self.events.values()):
             return True
         if self.bypass is None:
@@ -266,6 +273,7 @@ class Binding:
         self._enter(inner, new, outer)
         self.inner = inner
         self.layers.arm(inner, new)
+        self.kv.arm(inner)
         if inner.undo:
             self._refuse_checkpointing()
         return args, new
@@ -298,6 +306,7 @@ class Binding:
                     if any(self.dropper.drops(event, totals) for totals in inner.media_totals)
                 }
         reroutes = self.mask is not None or (self.bypass is not None and bool(self.layers.bypassed))
+        reroutes = reroutes or self.kv.any
         acts = inner.events or (visual and length > 1 and reroutes and self._sees_media(inner))
         if not changed and not acts and not is_logical(cache):
             self.recorder.note_full(inner, valid)
@@ -368,7 +377,7 @@ class Binding:
             kwargs["attention_mask"] = (
                 None if plain else decoder_mask(reference, batch, level.length, level.real, device)
             )
-        kwargs["position_ids"] = positions
+        kwargs["position_ids"] = inner.tables["positions"] = positions
         pairs = self.mask if inner.length > 1 and self._sees_media(inner) else None
         if pairs is not None or self.calibrates:
             kwargs["attention_mask"] = rewritten(
@@ -444,6 +453,7 @@ class Binding:
         if output is None:
             return None
         self.layers.truncate(inner)
+        self.kv.finish(inner)
         self.recorder.note_pruned(inner)
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:

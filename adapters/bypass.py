@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level, announcement
 from mmfast.adapters.masks import causal, gather_positions, gather_rows, hide
-from mmfast.adapters.reading import Reader, peek
+from mmfast.adapters.reading import Reader, peek, switch_on_tap
 from mmfast.adapters.recorder import Recorder
 from mmfast.token_pruning.layers import LayerBypass, LayerRequest
 
@@ -41,7 +41,7 @@ class Bypasser:
         inner.bypass_layers = frozenset(self.layers)
         requests = {layer: self.method.request(layer) for layer in self.layers}
         if any(requests.values()) or self.method.bypass == "freeze":
-            self.reader.switch_on_tap(inner)
+            switch_on_tap(self.adapter, inner)
         for layer, request in requests.items():
             self.reader.arm(inner, request, layer)
         return self.layers

@@ -13,8 +13,8 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.bypass import Bypasser
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, announcement, compact_positions
-from mmfast.adapters.masks import gather_positions, gather_rows, layer_mask, pack
-from mmfast.adapters.reading import Reader, Reading, replay
+from mmfast.adapters.masks import gather_positions, gather_rows, head_mask, layer_mask, pack
+from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
 from mmfast.adapters.recorder import Recorder
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerEvent
 
@@ -84,7 +84,7 @@ class LayerRunner:
                 inner.undo.append(handle.remove)
         if self.reader is not None:
             if any(requests.values()):
-                self.reader.switch_on_tap(inner)
+                switch_on_tap(self.adapter, inner)
             for event_layer, request in requests.items():
                 self.reader.arm(inner, request, event_layer)
 
@@ -139,13 +139,10 @@ class LayerRunner:
             and not self.adapter.masks_before_decoder
         )
         for index, layer in enumerate(layers):
-            if layer.is_sliding or (
-                layer.history != reference.history
-                and not (
-                    # One token that sees everything stored needs no mask, however much that is.
-                    unmasked and layer.valid is None and reference.valid is None and _counts_alike(layer, reference)
-                )
-            ):
+            own = layer.is_sliding or layer.heads is not None or layer.bias is not None
+            # One token that sees everything stored needs no mask, however much that is.
+            plain = unmasked and layer.valid is None and reference.valid is None and _counts_alike(layer, reference)
+            if own or (layer.history != reference.history and not plain):
                 affected.add(index)
         return affected
 
@@ -209,7 +206,7 @@ class LayerRunner:
             None if cached is None else (cached.history, cached.is_sliding),
         )
         window = getattr(cached, "sliding_window", None) if cached is not None and cached.is_sliding else None
-        new["attention_mask"] = inner.remembered(
+        own_mask = inner.remembered(
             key,
             lambda: layer_mask(
                 mask,
@@ -224,6 +221,11 @@ class LayerRunner:
                 window=window,
             ),
         )
+        if cached is not None and (cached.heads is not None or cached.bias is not None):
+            own_mask = head_mask(
+                own_mask, cached, query=level.length, query_heads=self.adapter.shape.heads, dtype=hidden.dtype
+            )
+        new["attention_mask"] = own_mask
         positions = given.get("position_ids")
         relative = None
         if cached is not None and inner.seen and not _counts_alike(cached, reference_layer(inner.cache)):

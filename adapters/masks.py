@@ -187,3 +187,35 @@ def layer_mask(
         past = torch.zeros(visible.shape, dtype=new.dtype, device=device)
         return torch.cat([hide(past, ~visible), new], dim=-1)
     return torch.cat([visible, new], dim=-1)
+
+
+def head_mask(mask: Tensor | None, layer: LogicalLength, *, query: int, query_heads: int, dtype: torch.dtype) -> Tensor:
+    """Write out a mask per query head, for layers whose heads store different entries.
+
+    Args:
+        mask: 2-D or 4-D mask over ``stored + query`` keys that is the same for all heads; None where
+            causality says it all.
+        layer: the cache layer, before the update.
+        query: tokens of this call.
+        query_heads: number H of query heads.
+        dtype: of the mask, where entries have weights of their own.
+
+    Returns:
+        ``[B, H, query, stored + query]``, bool or additive.
+    """
+    real = layer.real_entries()
+    batch, heads, stored = real.shape
+    if mask is None or mask.ndim == 2:
+        own = causal(query, real.device)
+        past = torch.ones(1, 1, query, stored, dtype=torch.bool, device=real.device)
+        visible = torch.cat([past, own], dim=-1)
+        mask = visible if mask is None else visible & mask[:, None, None, -(stored + query) :].bool()
+    mask = mask.expand(batch, query_heads, -1, -1)
+    gone = ~real.repeat_interleave(query_heads // heads, dim=1)
+    gone = torch.cat([gone, gone.new_zeros(batch, query_heads, query)], dim=-1)
+    if layer.bias is None:
+        return hide(mask, gone[:, :, None])
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    weights = layer.bias.repeat_interleave(query_heads // heads, dim=1).to(mask.dtype)
+    return hide(mask + torch.nn.functional.pad(weights, (0, query))[:, :, None], gone[:, :, None])

@@ -23,6 +23,10 @@ class QwenVL(Adapter):
         """Squares of patches are merged."""
         return int(self.model.config.vision_config.spatial_merge_size)
 
+    def text_positions(self, places: Tensor) -> Tensor:
+        """Text has the same time, row and column."""
+        return places.expand(3, 1, -1)
+
     def layouts(self, modality: str, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Read the grids, in patches before merging, from the arguments."""
         # Qwen3-VL's video entry calls its image entry, whose argument has the image's name.

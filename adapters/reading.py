@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapters.attention import Capture, CaptureDone, tap_name, unwatch, watch
+from mmfast.adapters.attention import Capture, CaptureDone, tap_name, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.adapters.ledger import Ledger
@@ -35,6 +35,49 @@ class Reading:
     projected: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
+def switch_on_tap(adapter: Adapter, inner: Inner) -> None:
+    """Let the decoder attend through the tap for the length of a call, however many ask for it."""
+    if inner.tables.setdefault("tapped", False):
+        return
+    inner.tables["tapped"] = True
+    config = adapter.text_config
+    before = config._attn_implementation_internal
+
+    def switch_off() -> None:
+        config._attn_implementation_internal = before
+
+    inner.undo.append(switch_off)
+    config._attn_implementation_internal = tap_name(config._attn_implementation)
+
+
+def capture_attention(adapter: Adapter, inner: Inner, layer: int, note: Callable[[Capture], None]) -> None:
+    """Capture what a layer attends with when it runs.
+
+    Args:
+        adapter: the adapter of the model.
+        inner: the call.
+        layer: index of the layer.
+        note: gets the capture, still empty, when the attention module is entered.
+    """
+    module = adapter.attention(adapter.layers[layer])
+    ends: list[Callable[[], None]] = []
+
+    def end() -> None:
+        while ends:
+            ends.pop()()
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # Entered a second time, what counts is the last.
+        end()
+        level = inner.reads_at(layer)
+        capture = Capture(level.slots, real=level.real)
+        note(capture)
+        ends.append(watch(module, capture))
+
+    handle = module.register_forward_pre_hook(begin, with_kwargs=True)
+    inner.undo.extend([handle.remove, end])
+
+
 class Reader:
     """Arm and collect the readings of one method.
 
@@ -48,19 +91,6 @@ class Reader:
         self.method = method
 
     # ------------------------------------------------------------------ arming
-
-    def switch_on_tap(self, inner: Inner) -> None:
-        """Let the decoder attend through the tap for the length of a call, whoever asks first."""
-        if inner.tables.setdefault("tapped", self) is not self:
-            return
-        config = self.adapter.text_config
-        before = config._attn_implementation_internal
-
-        def switch_off() -> None:
-            config._attn_implementation_internal = before
-
-        inner.undo.append(switch_off)
-        config._attn_implementation_internal = tap_name(config._attn_implementation)
 
     def arm(self, inner: Inner, request: LayerRequest | None, layer: int) -> None:
         """Prepare the readings for an event at ``layer`` that must be made while earlier layers run."""
@@ -79,16 +109,12 @@ class Reader:
         users.append(event_layer)
         if len(users) > 1:
             return
-        module = self.adapter.attention(self.adapter.layers[layer])
 
-        def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            capture = Capture(inner.reads_at(layer).slots)
+        def note(capture: Capture) -> None:
             for user in users:
                 inner.tables["capture", user] = capture
-            watch(module, capture)
 
-        handle = module.register_forward_pre_hook(begin, with_kwargs=True)
-        inner.undo.extend([handle.remove, lambda: unwatch(module)])
+        capture_attention(self.adapter, inner, layer, note)
 
     def before_layer(
         self, inner: Inner, request: LayerRequest | None, event_layer: int, hidden: Tensor, new: Mapping[str, Any]
@@ -255,14 +281,14 @@ def peek(
         _spare(module.get_submodule("q_proj"), last, spared)
     if not request.values and isinstance(getattr(module, "v_proj", None), nn.Linear):
         _spare(module.get_submodule("v_proj"), None, spared)
-    watch(module, capture)
+    end = watch(module, capture)
     try:
         with torch.no_grad():
             module(hidden_states=normed, **arguments)
     except CaptureDone:
         pass
     finally:
-        unwatch(module)
+        end()
         spared.undo()
         for handle in handles:
             handle.remove()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
+from mmfast.kv.cache import LogicalLength
 from mmfast.plan import Plan
 from mmfast.report import LayerWork, MediaRecord, Report, Stopwatch, peak_memory
 
@@ -155,11 +156,19 @@ def _real_slots(level: Level, row: int) -> Tensor:
 
 
 def _cache_bytes(cache: Any) -> int:
+    """Add up what the tensors of a cache really take: each storage once, whatever looks at it."""
     if cache is None:
         return 0
-    return sum(
-        tensor.numel() * tensor.element_size()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, Tensor)
-    )
+        for tensor in _held(layer)
+    }
+    return sum(storages.values())
+
+
+def _held(layer: Any) -> list[Tensor]:
+    if isinstance(layer, LogicalLength):
+        return layer.storage()
+    found = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]

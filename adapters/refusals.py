@@ -7,6 +7,7 @@ from typing import Any
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
+from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Packer, Retriever
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -14,6 +15,7 @@ from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 _KINDS: dict[str, tuple[type, ...]] = {
     "before_llm": (BeforeLLM,),
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
+    "cache": (Evictor, Adjuster, Retriever, Packer),
 }
 
 
@@ -38,11 +40,14 @@ def calibrates(adapter: Adapter, plan: Plan) -> bool:
     if before is None or wanted is False:
         return False
     implementation = adapter.text_config._attn_implementation
-    plain = can_compact(adapter) and not plan.at("in_llm") and adapter.rotary_frequencies() is not None
+    # The mask is written for all layers at once, so they have to store the same.
+    alone = not plan.at("in_llm") and not plan.at("cache")
+    plain = can_compact(adapter) and alone and adapter.rotary_frequencies() is not None
     if wanted and (not plain or "flash" in implementation):
         raise ValueError(
             f"method {before.name!r}: calibrate=True needs a model with one-dimensional rotary positions, no sliding "
-            "window, sdpa or eager attention, and no method inside the language model beside it; use calibrate=False"
+            "window, sdpa or eager attention, and no method inside the language model or its cache beside it; use "
+            "calibrate=False"
         )
     return plain and "flash" not in implementation
 
@@ -63,6 +68,7 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
                 f"{adapter.model.config.model_type!r} (its positions have several dimensions or its windows "
                 "count original positions); use positions='keep'"
             )
+    _check_cache(adapter, plan)
     dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
     bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
     mask: LayerMask | None = only(plan, "in_llm", LayerMask)
@@ -95,6 +101,51 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
         raise ValueError(f"method {inside.name!r} cannot drop tokens inside this model: {adapter.no_layer_drops}")
 
 
+def _check_cache(adapter: Adapter, plan: Plan) -> None:
+    """Refuse methods of the cache that cannot work here or together."""
+    methods = [method for method in plan.at("cache") if isinstance(method, CacheMethod)]
+    if not methods:
+        return
+    implementation = adapter.text_config._attn_implementation
+    if implementation == "flex_attention" or "|" in implementation:
+        raise ValueError(
+            f"method {methods[0].name!r} cannot change the cache with attention implementation {implementation!r}, "
+            "whose masks cannot follow; load the model with attn_implementation='sdpa', 'eager' or a flash one"
+        )
+    evictor: Evictor | None = only(plan, "cache", Evictor)
+    for method in methods:
+        per_head = method.ragged or isinstance(method, Retriever)
+        if per_head and "flash" in implementation:
+            raise ValueError(
+                f"method {method.name!r} lets heads read different entries, which attention implementation "
+                f"{implementation!r} has no mask for; load the model with attn_implementation='sdpa' or 'eager'"
+            )
+        if not isinstance(method, Adjuster):
+            continue
+        if evictor is None:
+            raise ValueError(
+                f"method {method.name!r} adjusts what an eviction leaves; put one beside it, for example "
+                f"'snapkv(keep=0.2) + {method.name}()'"
+            )
+        if method.compacts and (evictor.ragged or not can_compact(adapter)):
+            raise ValueError(
+                f"method {method.name!r} renumbers positions, which needs one-dimensional rotary positions, no sliding "
+                "window, and heads that keep equally many entries; leave it out"
+            )
+    retriever: Retriever | None = only(plan, "cache", Retriever)
+    if retriever is not None and evictor is not None and (evictor.ragged or evictor.decodes):
+        raise ValueError(
+            f"method {retriever.name!r} reads what was stored of the prompt, which {evictor.name!r} leaves differently "
+            "in each head or goes on changing; use one of them alone"
+        )
+    packer: Packer | None = only(plan, "cache", Packer)
+    if packer is not None and evictor is not None and evictor.decodes:
+        raise ValueError(
+            f"method {evictor.name!r} evicts entries at every step, which {packer.name!r} has packed by then; use "
+            "another of them, or one alone"
+        )
+
+
 def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> None:
     """Refuse to read a layer in which only some of the tokens take part."""
     around = set(bypass.layers_of(depth))
@@ -105,8 +156,8 @@ def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> No
             read.add(event.layer - 1)
         if read & around:
             raise ValueError(
-                f"method {dropper.name!r} reads layer {min(read & around)}, where {bypass.name!r} lets tokens go around; "
-                "choose other layers for one of them, or use one of them alone"
+                f"method {dropper.name!r} reads layer {min(read & around)}, where {bypass.name!r} lets tokens go "
+                "around; choose other layers for one of them, or use one of them alone"
             )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from mmfast.adapters.attention import register_tap, tap_name, unwatch, watch
+from mmfast.adapters.attention import register_tap, tap_name, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import Described
@@ -187,8 +187,7 @@ class VisionReader:
             listener = _Listener(tuple(specs), reading, self._class_token, lengths)
             for module in blocks[block].modules():
                 # Whichever of them attends: families differ in its name.
-                watch(module, listener)
-                ledger.enter(_call(unwatch, module))
+                ledger.enter(watch(module, listener))
             for config in _configs(blocks[block]):
                 implementation = config._attn_implementation
                 if not implementation.startswith(tap_name("")):
@@ -350,10 +349,6 @@ def _configs(block: nn.Module) -> list[Any]:
     """Return the configurations that the modules of a block hold; usually it is one."""
     found = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
-
-
-def _call(function: Callable[[nn.Module], None], module: nn.Module) -> Callable[[], None]:
-    return lambda: function(module)
 
 
 def _projection(adapter: Adapter) -> Callable[[Tensor], Tensor]:

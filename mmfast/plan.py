@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import itertools
 import json
 import tomllib
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.budget import LanguageShape, Prediction, prefill_flops, shares
-from mmfast.registry import STACKING_STAGES, STAGES, get
+from mmfast.registry import EXAMPLE, STACKING_STAGES, STAGES, build, get, parse_node, parse_text
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper
-
-_EXAMPLE = '"divprune(keep=64) + pyramiddrop()"'
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Plan:
         for method in self.methods:
             if not isinstance(method, Method) or not hasattr(method, "stage"):
                 raise TypeError(
-                    f"a plan holds registered method objects, got {method!r}; write {_EXAMPLE} or build one with "
+                    f"a plan holds registered method objects, got {method!r}; write {EXAMPLE} or build one with "
                     "mmfast.registry.get(name).method(...)"
                 )
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
@@ -79,7 +76,7 @@ class Plan:
         if isinstance(plan, Iterable):
             return Plan(tuple(plan))
         raise TypeError(
-            f"plan must be text such as {_EXAMPLE}, a Plan, a list of methods or a file, got {type(plan).__name__}"
+            f"plan must be text such as {EXAMPLE}, a Plan, a list of methods or a file, got {type(plan).__name__}"
         )
 
     @staticmethod
@@ -97,11 +94,8 @@ class Plan:
         """
         if text.strip() in ("", "full"):
             return Plan()
-        try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise ValueError(f"plan {text!r} cannot be read; write it like {_EXAMPLE}") from None
-        return Plan(tuple(_method(node, text) for node in _terms(tree)))
+        tree = parse_text(text)
+        return Plan(tuple(parse_node(node, text) for node in _terms(tree)))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
@@ -121,7 +115,7 @@ class Plan:
         for entry in entries:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
                 raise ValueError(f"each [[method]] needs a 'name' (text), got {entry!r}")
-            built.append(_build(entry["name"], {k: v for k, v in entry.items() if k != "name"}))
+            built.append(build(entry["name"], {k: v for k, v in entry.items() if k != "name"}))
         return Plan(tuple(built))
 
     @staticmethod
@@ -278,36 +272,3 @@ def _terms(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return [*_terms(node.left), *_terms(node.right)]
     return [node]
-
-
-def _method(node: ast.expr, text: str) -> Method:
-    if isinstance(node, ast.Name):
-        return _build(node.id, {})
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError(f"plan {text!r}: {ast.unparse(node)!r} is no method; write it like {_EXAMPLE}")
-    if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError(f"plan {text!r}: options of {node.func.id!r} need names, for example {node.func.id}(keep=64)")
-    options = {}
-    for keyword in node.keywords:
-        try:
-            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise ValueError(
-                f"plan {text!r}: {keyword.arg}={ast.unparse(keyword.value)} must be a literal "
-                "(number, quoted text, True, None or a tuple)"
-            ) from None
-    return _build(node.func.id, options)
-
-
-def _build(name: str, options: dict[str, Any]) -> Method:
-    info = get(name)
-    for option in options:
-        if option not in info.options:
-            near = difflib.get_close_matches(option, info.options, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(info.options)}"
-            raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
-    try:
-        method: Method = info.method(**options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"method {name!r}: {error}") from None
-    return method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import pkgutil
 from collections.abc import Callable
@@ -32,6 +33,9 @@ _ACTIONS = {
     "Packer": "packs",
 }
 """Kind of method -> what it does, where that is neither dropping nor merging."""
+EXAMPLE = '"divprune(keep=64) + pyramiddrop()"'
+"""A plan, for messages that say how to write one."""
+
 _ENTRY_POINTS = "mmfast.methods"
 _REGISTERED: dict[str, MethodInfo] = {}
 
@@ -220,3 +224,69 @@ def methods(stage: str | None = None) -> list[MethodInfo]:
         get(name)
     found = [info for info in _REGISTERED.values() if stage in (None, info.stage)]
     return sorted(found, key=lambda info: (STAGES.index(info.stage), info.name))
+
+
+def parse_text(text: str) -> ast.expr:
+    """Read the text form of a plan, or of one method, as an expression.
+
+    Raises:
+        ValueError: if it is none.
+
+    Example:
+        >>> type(parse_text("divprune(keep=64)")).__name__
+        'Call'
+    """
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"plan {text!r} cannot be read; write it like {EXAMPLE}") from None
+
+
+def parse_node(node: ast.expr, text: str) -> Any:
+    """Build the method that an expression such as ``divprune(keep=64)`` names.
+
+    Args:
+        node: the expression.
+        text: all of the text, for messages.
+
+    Raises:
+        ValueError: naming the place that cannot be read, the unknown method or option.
+    """
+    if isinstance(node, ast.Name):
+        return build(node.id, {})
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(f"plan {text!r}: {ast.unparse(node)!r} is no method; write it like {EXAMPLE}")
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(f"plan {text!r}: options of {node.func.id!r} need names, for example {node.func.id}(keep=64)")
+    options = {}
+    for keyword in node.keywords:
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise ValueError(
+                f"plan {text!r}: {keyword.arg}={ast.unparse(keyword.value)} must be a literal "
+                "(number, quoted text, True, None or a tuple)"
+            ) from None
+    return build(node.func.id, options)
+
+
+def build(name: str, options: dict[str, Any]) -> Any:
+    """Build a method from its name and options.
+
+    Raises:
+        TypeError, ValueError: naming the method, and the option that is unknown or the value that is not legal.
+
+    Example:
+        >>> build("divprune", {"keep": 64}).keep
+        64
+    """
+    info = get(name)
+    for option in options:
+        if option not in info.options:
+            near = difflib.get_close_matches(option, info.options, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(info.options)}"
+            raise ValueError(f"method {name!r} has no option {option!r}; {hint}")
+    try:
+        return info.method(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {name!r}: {error}") from None

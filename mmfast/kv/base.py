@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mmfast.budget import check_keep
+from mmfast.registry import parse_node, parse_text
 from mmfast.token_pruning.attention import AttentionView
 from mmfast.token_pruning.base import Method, check_choice
 
@@ -28,7 +29,8 @@ class Rotation:
     Attributes:
         cos: ``[n, r]`` cosines by which queries and keys were rotated; r may be less than the head size.
         sin: ``[n, r]`` sines.
-        at: gives cosines and sines ``[m, r]`` for int64 positions ``[m]`` of text.
+        at: gives cosines and sines ``[m, r]`` for int64 places ``[m]`` of a text, counted from the first entry;
+            places from n on continue after the last position there is.
     """
 
     cos: Tensor
@@ -383,6 +385,25 @@ class CacheScorer(Evictor):
         return score if self.entries == "all" else score.masked_fill(~entries.visual, torch.inf)
 
 
+def scorer_named(text: object) -> CacheScorer:
+    """Build the method that an option such as ``scorer="snapkv(window=16)"`` names; its ``keep`` is not used.
+
+    Raises:
+        ValueError: if it is no method that scores cached entries.
+
+    Example:
+        >>> scorer_named("snapkv(window=16)").window
+        16
+    """
+    found = parse_node(parse_text(text), text) if isinstance(text, str) else None
+    if not isinstance(found, CacheScorer):
+        raise ValueError(
+            f"scorer={text!r} must name one method that scores cached entries, such as 'snapkv' or "
+            "'expected_attention(future=128)'"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class ModelEvictor(Evictor):
     """Decide about all layers together, once the last of them has read the prompt.
@@ -412,6 +433,8 @@ class Adjuster(CacheMethod):
 
     kind: ClassVar[str] = "Adjuster"
     role: ClassVar[str] = "adjust"
+    compacts: ClassVar[bool] = False
+    """Whether later tokens have to be numbered on from the entries that are left."""
 
     @abstractmethod
     def adjust(self, entries: Entries, retained: Retained) -> Retained:

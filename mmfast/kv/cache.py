@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from mmfast.kv.base import Retained
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,33 @@ class Announcement:
     sizes: Tensor | None = None
 
 
+@dataclass
+class PromptBook:
+    """What a layer knows of the prompt of one row.
+
+    Attributes:
+        entries: entries the layer made of the prompt, evicted ones included.
+        end: logical length at the end of the prompt.
+        memory: what a method of the cache remembers.
+    """
+
+    entries: int
+    end: int
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> PromptBook:
+        """Copy the book for another beam."""
+        return PromptBook(self.entries, self.end, dict(self.memory))
+
+
+_ROW_BOOKS = ("valid", "slots", "sizes", "visual", "shift", "heads", "places", "bias")
+"""Books whose first axis are the rows of the batch."""
+
+
 class LogicalLength:
     """Mixin of a cache layer: the outside sees ``seen`` logical tokens, the inside stores fewer.
 
-    The concrete class provides ``keys`` and ``values`` of ``[B, H, P, d]``.
+    The concrete class provides ``keys`` and ``values`` of ``[B, G, P, d]``.
 
     Attributes:
         seen: logical tokens so far, dropped ones included; what ``get_seq_length`` reports.
@@ -39,7 +65,14 @@ class LogicalLength:
         sizes: ``[B, P]`` float32, how many tokens each stored one stands for; None = one each.
         visual: ``[B]`` bool, which prompts had images or videos; None = not known to have any.
         shift: ``[B]`` int64, by how much positions of later tokens are lowered (compact positions).
-        renumbered: how many of the shifts this layer does not share with the first one.
+        renumbered: tells layers apart whose shifts differ; layers of the same number count alike.
+        heads: ``[B, G, P]`` bool, which stored entries are real in each head, where heads differ; None = see
+            ``valid``.
+        places: ``[B, G, P]`` int32, logical place of each entry, where heads differ; None = see ``slots``.
+        bias: ``[B, G, P]`` float32, added to the logits of each entry; None = nothing.
+        floor: logical length of the last prompt of which entries were evicted or packed; what is below it
+            cannot be taken back.
+        prompts: per row, the book of its last prompt; None where no method acted on it.
         history: layers of one cache with the same history have the same books.
     """
 
@@ -51,6 +84,11 @@ class LogicalLength:
     shift: Tensor | None
     renumbered: int
     history: int
+    heads: Tensor | None
+    places: Tensor | None
+    bias: Tensor | None
+    floor: int
+    prompts: list[PromptBook | None] | None
     announced: Announcement | None
     keys: Tensor | None
     values: Tensor | None
@@ -65,6 +103,11 @@ class LogicalLength:
         self.shift = None
         self.renumbered = 0
         self.history = 0
+        self.heads = None
+        self.places = None
+        self.bias = None
+        self.floor = 0
+        self.prompts = None
         self.announced = None
 
     @property
@@ -102,8 +145,28 @@ class LogicalLength:
             past = self.slots.shape[1] - query
             sizes = ones[:, :past] if self.sizes is None else self.sizes
             self.sizes = torch.cat([sizes, ones[:, past:] if note.sizes is None else note.sizes.to(device)], dim=1)
+        self._account_heads(query)
         self.seen += note.length
         self.history = hash((self.history, note.level))
+
+    def _account_heads(self, query: int) -> None:
+        """Book new entries in the books of the heads: all heads get the same."""
+        if self.slots is None:
+            return
+        for name in ("heads", "places", "bias"):
+            book = getattr(self, name)
+            if book is None:
+                continue
+            heads = book.shape[1]
+            if name == "bias":
+                new = book.new_zeros(*book.shape[:2], query)
+            elif name == "places":
+                new = self.slots[:, None, -query:].expand(-1, heads, -1).to(book.dtype)
+            elif self.valid is None:
+                new = torch.ones_like(book[..., :1]).expand(-1, -1, query)
+            else:
+                new = self.valid[:, None, -query:].expand(-1, heads, -1)
+            setattr(self, name, torch.cat([book, new], dim=-1))
 
     def mask_sizes(self, query: int) -> tuple[int, int]:
         """Say length and offset of the keys: stored tokens are right-aligned on the logical axis."""
@@ -118,31 +181,121 @@ class LogicalLength:
         if tokens == 0:
             return
         slots = self.slots
-        if slots is None or self.stored < tokens or not bool((slots[:, -tokens] == self.seen - tokens).all()):
+        reaches = self.seen - tokens < self.floor
+        if (
+            reaches
+            or slots is None
+            or self.stored < tokens
+            or not bool((slots[:, -tokens] == self.seen - tokens).all())
+        ):
             raise ValueError(
                 f"cannot take back {tokens} tokens: the cache holds a pruned prompt, and only tokens after its last "
                 "dropped token can be taken back; start from a fresh cache instead"
             )
-        self.slots = slots[:, :-tokens]
-        if self.valid is not None:
-            self.valid = self.valid[:, :-tokens]
-        if self.sizes is not None:
-            self.sizes = self.sizes[:, :-tokens]
+        for name in ("slots", "valid", "sizes", "heads", "places", "bias"):
+            book = getattr(self, name)
+            if book is not None:
+                setattr(self, name, book[..., :-tokens])
         self.seen -= tokens
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder or choose rows of the batch in every book."""
-        for name in ("valid", "slots", "sizes", "visual", "shift"):
+        for name in _ROW_BOOKS:
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.index_select(0, rows.to(book.device)))
+        if self.prompts is not None:
+            chosen = [self.prompts[row] for row in rows.tolist()]
+            self.prompts = [None if book is None else book.copy() for book in chosen]
 
     def repeat_rows(self, repeats: int) -> None:
         """Repeat each row of the batch in every book."""
-        for name in ("valid", "slots", "sizes", "visual", "shift"):
+        for name in _ROW_BOOKS:
             book = getattr(self, name)
             if book is not None:
                 setattr(self, name, book.repeat_interleave(repeats, dim=0))
+        if self.prompts is not None:
+            self.prompts = [None if book is None else book.copy() for book in self.prompts for _ in range(repeats)]
+
+    def storage(self) -> list[Tensor]:
+        """Return every tensor that holds keys, values or what is known of single entries of a head."""
+        held = [self.keys, self.values, self.heads, self.places, self.bias]
+        for book in self.prompts or []:
+            held += [] if book is None else list(book.memory.values())
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
+    def real_entries(self) -> Tensor:
+        """Say which stored entries are real, bool ``[B, G, P]``."""
+        if self.keys is None:
+            raise RuntimeError("nothing has been stored yet")
+        batch, heads, stored = self.keys.shape[:3]
+        if self.heads is not None:
+            return self.heads
+        if self.valid is None:
+            return torch.ones(batch, 1, stored, dtype=torch.bool, device=self.keys.device).expand(-1, heads, -1)
+        return self.valid[:, None, :].expand(-1, heads, -1)
+
+    def retain(self, choices: Sequence[tuple[Tensor, Retained] | None]) -> None:
+        """Keep what was chosen of each row's prompt; everything else that is stored stays too.
+
+        Args:
+            choices: per row, the ``[n]`` int64 places of the entries that were up for choice among those stored,
+                and the choice; None = all stay.
+        """
+        if self.keys is None or self.values is None or all(choice is None for choice in choices):
+            return
+        keep = self.real_entries().clone()
+        changed: dict[str, Tensor] = {}
+        for row, choice in enumerate(choices):
+            if choice is None:
+                continue
+            places, retained = choice
+            places = places.to(keep.device)
+            keep[row, :, places] &= retained.by_head(keep.shape[1]).to(keep.device)
+            for name, states in (("keys", retained.keys), ("values", retained.values)):
+                if states is not None:
+                    whole = changed.setdefault(name, getattr(self, name).clone())
+                    whole[row][:, places] = states.to(whole.dtype)
+            if retained.bias is not None:
+                start = self.bias if self.bias is not None else torch.zeros(keep.shape, device=keep.device)
+                whole = changed.setdefault("bias", start.clone())
+                whole[row][:, places] = retained.bias.float()
+        for name, whole in changed.items():
+            setattr(self, name, whole)
+        self.compact(keep)
+
+    def compact(self, keep: Tensor) -> None:
+        """Keep some stored entries, head by head, and forget the others; the logical length stays.
+
+        Args:
+            keep: bool ``[B, G, P]``; entries that are not real must be out.
+        """
+        if self.keys is None or self.values is None or self.slots is None:
+            return
+        heads, stored = keep.shape[1:]
+        counts = keep.sum(dim=-1)
+        longest = int(counts.max())
+        alike = bool((keep == keep[:, :1]).all())
+        # What stays moves to the right, in order; rows and heads with less are filled up on the left.
+        order = keep.to(torch.int8).sort(dim=-1, stable=True).indices[..., stored - longest :]
+        real = keep.gather(-1, order)
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            setattr(self, name, states.gather(2, order[..., None].expand(-1, -1, -1, states.shape[-1])))
+        if not alike or self.places is not None:
+            places = self.slots[:, None].expand(-1, heads, -1).to(torch.int32) if self.places is None else self.places
+            self.places = places.gather(-1, order)
+        self.bias = None if self.bias is None else self.bias.gather(-1, order)
+        ragged = not bool((counts == counts[:, :1]).all())
+        self.heads = real if ragged else None
+        some = real.any(dim=1)
+        self.valid = None if bool(some.all()) else some
+        # Where heads differ the first that has an entry stands for all: its own places are in ``places``.
+        first = order.gather(1, real.to(torch.int8).argmax(dim=1, keepdim=True))[:, 0]
+        self.slots = self.slots.gather(1, first)
+        self.sizes = None if self.sizes is None else self.sizes.gather(1, first)
+        own = hash(tuple(counts.flatten().tolist())) if self.valid is not None or ragged else longest
+        self.history = hash((self.history, own, -3))
 
     def narrow(self, places: Tensor, real: Tensor | None) -> None:
         """Keep some stored tokens and forget the others; the logical length stays.

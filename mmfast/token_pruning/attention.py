@@ -27,7 +27,9 @@ class AttentionView:
         value: ``[G, past + n, d]`` values, or None where they were not asked for.
         scaling: factor of the logits, ``d ** -0.5`` when None.
         softcap: cap of the logits, for models that have one.
-        mask: ``[n, past + n]`` bool (True = visible) or additive; None = causal.
+        mask: ``[n, past + n]`` or ``[H, n, past + n]`` bool (True = visible) or additive; None = causal.
+        silent: ``[n]`` bool, tokens that are looked at but do not look themselves: their rows are zero; None =
+            none of them.
 
     Example:
         >>> view = AttentionView(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4))
@@ -43,6 +45,7 @@ class AttentionView:
     scaling: float | None = None
     softcap: float | None = None
     mask: Tensor | None = None
+    silent: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -80,7 +83,7 @@ class AttentionView:
         if self.mask is None:
             places = torch.arange(self.key.shape[1], device=logits.device)
             return logits.masked_fill(places > (rows + self.past)[:, None], -torch.inf)
-        own = self.mask[rows]
+        own = self.mask[..., rows, :]
         return logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.float()
 
     def rows(self, rows: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -96,7 +99,10 @@ class AttentionView:
         Returns:
             float32 ``[H, R, n]``.
         """
-        return (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
+        probabilities = (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
+        if self.silent is None:
+            return probabilities
+        return probabilities.masked_fill(self.silent[rows][:, None], 0.0)
 
     def blocks(self, rows: Tensor, *, temperature: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through many rows, a bounded number at a time.

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfast
-from mmfast.adapters.attention import Capture, CaptureDone, register_tap, tap_name, unwatch, watch
+from mmfast.adapters.attention import Capture, CaptureDone, register_tap, tap_name, watch
 from mmfast.adapters.ledger import Ledger
 from support.cases import case_id, mixed
 from support.checks import CLOSE, census, registries
@@ -86,14 +86,12 @@ def test_the_tap_reads_what_eager_attention_returns(family: Family, attention: s
         slots = torch.arange(real.shape[1]).expand(len(batch), -1)
         captures = [Capture(slots) for _ in wanted]
         modules = [layer.self_attn for layer in model.get_decoder().layers]
+        for module, capture in zip(modules, captures, strict=True):
+            ledger.enter(watch(module, capture))
         try:
-            for module, capture in zip(modules, captures, strict=True):
-                watch(module, capture)
             tapped = model(**batch.inputs).logits
         finally:
             config._attn_implementation_internal = attention
-            for module in modules:
-                unwatch(module)
             ledger.undo()
     assert torch.equal(tapped, before)
     assert registries() == tables
@@ -112,14 +110,13 @@ def test_reading_may_end_the_module_early() -> None:
     config._attn_implementation_internal = tap_name("sdpa")
     module = model.get_decoder().layers[1].self_attn
     capture = Capture(torch.arange(4)[None], stop=True)
-    watch(module, capture)
+    ledger.enter(watch(module, capture))
     hidden = torch.randn(1, 4, model.get_decoder().config.hidden_size, generator=torch.Generator().manual_seed(0))
     try:
         tables = model.get_decoder().rotary_emb(hidden, torch.arange(4)[None])
         with pytest.raises(CaptureDone):
             module(hidden_states=hidden, position_embeddings=tables, attention_mask=None)
     finally:
-        unwatch(module)
         config._attn_implementation_internal = "sdpa"
         ledger.undo()
     assert capture.view(0, None).length == 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.adapters.attention import _captures
+from mmfast.adapters.attention import _listeners
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import VisionSignal
 from support.cases import VIDEO_CASES, case_id, mixed, two
@@ -240,7 +240,7 @@ def test_nothing_is_left_behind(family: Family, fails: bool) -> None:
     signals = wanted(**signals_of("features", 0))
 
     def tower() -> Any:
-        watched = [module for block in blocks for module in block.modules() if module in _captures]
+        watched = [module for block in blocks for module in block.modules() if module in _listeners]
         return [census(block) for block in blocks], watched, registries()
 
     def interrupt(module: nn.Module, args: Any, output: Any) -> None:

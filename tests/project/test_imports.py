@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "media": {"core"},
     "kernels": {"core"},
     "token_pruning": {"core", "kernels"},
-    "kv": {"core", "kernels"},
+    # Both read attention through the same view, and share the base of all methods.
+    "kv": {"core", "kernels", "token_pruning"},
     "speculative": {"core", "kernels"},
     "plan": {"core", "token_pruning", "kv", "speculative"},
     "accelerate": {"core", "plan", "zoo"},

@@ -1,0 +1,247 @@
+"""Cache layers that hold most of their keys and values in a smaller form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmfast.adapters.cache import LogicalLayer
+from mmfast.kv.base import Entries, Packed, Packer
+
+_LEAST = 32
+"""Generated tokens are packed so many at a time: a block each would take longer to read than to attend to."""
+
+_BOOKS = (
+    "seen",
+    "valid",
+    "slots",
+    "sizes",
+    "visual",
+    "shift",
+    "renumbered",
+    "history",
+    "heads",
+    "places",
+    "bias",
+    "floor",
+    "prompts",
+    "announced",
+    "dtype",
+    "device",
+    "is_initialized",
+)
+
+
+@dataclass
+class _Side:
+    """The keys or the values of one row: blocks, oldest first, and what follows them as it is.
+
+    Attributes:
+        loose: ``[G, m, d]``.
+        blocks: packed.
+    """
+
+    loose: Tensor
+    blocks: list[Packed] = field(default_factory=list)
+
+    def states(self) -> Tensor:
+        """Return everything, ``[G, n, d]``."""
+        if not self.blocks:
+            return self.loose
+        return torch.cat([*(block.restore().to(self.loose.dtype) for block in self.blocks), self.loose], dim=1)
+
+    def pack(self, packer: Packer, count: int, side: Literal["key", "value"], entries: Entries | None) -> None:
+        """Pack the oldest ``count`` of what is loose."""
+        if count:
+            # A view would keep the whole alive.
+            self.blocks.append(packer.pack(self.loose[:, :count], side, entries))
+            self.loose = self.loose[:, count:].clone()
+
+    def copy(self) -> _Side:
+        """Share the blocks, which never change, with another beam."""
+        return _Side(self.loose, list(self.blocks))
+
+
+_Row = dict[Literal["key", "value"], _Side]
+_SIDES: tuple[Literal["key", "value"], ...] = ("key", "value")
+
+
+class PackedLayer(LogicalLayer):
+    """A logical layer that packs all but its newest entries; reading restores them for one layer at a time.
+
+    Args:
+        packer: how to pack.
+        layer: the layer to take over, with everything it has stored.
+    """
+
+    def __init__(self, packer: Packer, layer: LogicalLayer) -> None:
+        self._rows: list[_Row] = []
+        super().__init__()
+        self.packer = packer
+        keys, values = layer.keys, layer.values
+        for name in _BOOKS:
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        self._split(keys, values)
+
+    def _split(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self._rows = []
+        if keys is None or values is None:
+            return
+        for row, columns in enumerate(self._columns(keys.shape[0])):
+            self._rows.append(
+                {"key": _Side(keys[row][:, columns].clone()), "value": _Side(values[row][:, columns].clone())}
+            )
+
+    def _columns(self, batch: int) -> list[Tensor]:
+        """Places of the real entries of each row among those stored."""
+        if self.valid is None:
+            return [torch.arange(self.stored)] * batch
+        return [row.nonzero().squeeze(-1) for row in self.valid.cpu()]
+
+    @property
+    def stored(self) -> int:
+        """Number of stored slots P."""
+        return 0 if self.slots is None else int(self.slots.shape[1])
+
+    def _whole(self, side: Literal["key", "value"]) -> Tensor | None:
+        if not self._rows:
+            return None
+        rows = [row[side].states() for row in self._rows]
+        if self.valid is None:
+            return torch.stack(rows)
+        heads, _, width = rows[0].shape
+        whole = rows[0].new_zeros(len(rows), heads, self.stored, width)
+        for index, columns in enumerate(self._columns(len(rows))):
+            whole[index][:, columns.to(whole.device)] = rows[index]
+        return whole
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, G, P, d]``, restored; entries that are not real are zero."""
+        return self._whole("key")
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        if states is None:
+            self._rows = []
+        else:
+            raise ValueError("entries of a packed cache cannot be replaced; start from a fresh cache instead")
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, G, P, d]``, restored; entries that are not real are zero."""
+        return self._whole("value")
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self.keys = states
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, return everything, and pack what is due."""
+        batch, _, query, _ = key_states.shape
+        self.account(batch, query, key_states.device)
+        for row in range(batch):
+            real = slice(None) if self.valid is None else self.valid[row, -query:].to(key_states.device)
+            for side, states in zip(_SIDES, (key_states, value_states), strict=True):
+                own = self._rows[row][side]
+                own.loose = torch.cat([own.loose, states[row][:, real]], dim=1)
+        keys, values = self._whole("key"), self._whole("value")
+        if keys is None or values is None:
+            raise RuntimeError("a packed layer lost its rows")
+        if query == 1:
+            self._pack_due()
+        return keys, values
+
+    def _pack_due(self) -> None:
+        for row in self._rows:
+            for side in _SIDES:
+                own = row[side]
+                due = self.packer.due(own.loose.shape[1], side)
+                if due >= min(_LEAST, max(1, self.packer.residual)):
+                    own.pack(self.packer, due, side, None)
+
+    def pack(self, prompts: Sequence[tuple[int, Entries]], after: int) -> None:
+        """Pack a prompt that has just been read, and what was loose before it.
+
+        Args:
+            prompts: rows with prompts, and the entries of these.
+            after: entries that follow the prompt already; they stay loose.
+        """
+        for row, entries in prompts:
+            for side in _SIDES:
+                own = self._rows[row][side]
+                # Rows were full before the prompt, so that what is older is a block of its own.
+                own.pack(self.packer, own.loose.shape[1] - len(entries) - after, side, None)
+                due = min(self.packer.due(own.loose.shape[1], side), len(entries))
+                places = torch.arange(due, device=own.loose.device)
+                part = entries if due == len(entries) else replace(entries.take(places), attention=entries.attention)
+                own.pack(self.packer, due, side, part)
+
+    def storage(self) -> list[Tensor]:
+        """Return every tensor that holds keys, values or what is known of single entries of a head."""
+        held = [tensor for tensor in (self.heads, self.places, self.bias) if tensor is not None]
+        for row in self._rows:
+            for side in row.values():
+                held += [side.loose, *(tensor for block in side.blocks for tensor in block.tensors())]
+        for book in self.prompts or []:
+            held += [] if book is None else list(book.memory.values())
+        return held
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens; a positive value is the length to keep.
+
+        Raises:
+            ValueError: if that reaches into what has been packed.
+        """
+        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if drop == 0:
+            return
+        real = [drop] * len(self._rows)
+        if self.valid is not None:
+            real = [int(row[-drop:].sum()) for row in self.valid]
+        if any(
+            row[side].loose.shape[1] < count for row, count in zip(self._rows, real, strict=True) for side in _SIDES
+        ):
+            raise ValueError(
+                f"cannot take back {drop} tokens: they have been packed already; give the method of the cache a larger "
+                "residual"
+            )
+        self.drop_last(drop)
+        for row, count in zip(self._rows, real, strict=True):
+            for side in row.values():
+                side.loose = side.loose[:, : side.loose.shape[1] - count].clone()
+
+    def compact(self, keep: Tensor) -> None:
+        """Refuse: what is packed cannot be thinned out.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a packed cache cannot lose entries while tokens are generated; use a method that packs without one that "
+            "evicts at every step"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self._choose(beam_idx.tolist())
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self._choose([row for row in range(len(self._rows)) for _ in range(repeats)])
+        self.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+        self._choose(rows.tolist())
+        self.select_rows(rows)
+
+    def _choose(self, rows: Sequence[int]) -> None:
+        self._rows = [{side: self._rows[row][side].copy() for side in _SIDES} for row in rows]

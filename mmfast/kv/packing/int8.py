@@ -1,0 +1,54 @@
+"""Eight-bit integers with one scale per token and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.quantised import Side, usable
+from mmfast.registry import register
+
+_LARGEST = 127
+
+
+@register("int8", stage="cache")
+@dataclass(frozen=True)
+class Int8(Packer):
+    """Store keys and values as eight-bit integers, with one scale per token and head.
+
+    The scale makes 127 of the largest magnitude, so that zero stays zero. Entries are independent of each
+    other, and each is packed once.
+
+    Attributes:
+        residual: newest entries that stay as they are.
+    """
+
+    def pack(self, states: Tensor, side: Side, entries: Entries | None) -> Packed:
+        """Round a block to integers."""
+        scale = usable(states.float().abs().amax(dim=-1, keepdim=True) / _LARGEST, states.dtype)
+        codes = (states.float() / scale.float()).round().nan_to_num().clamp(-_LARGEST, _LARGEST)
+        return Scaled(codes.to(torch.int8), scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Packed):
+    """A block in a small number format, with one factor per token and head.
+
+    Attributes:
+        codes: ``[G, n, d]`` in that format.
+        scale: ``[G, n, 1]`` in the dtype of the block.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return codes and factors."""
+        return self.codes, self.scale
+
+    def restore(self) -> Tensor:
+        """Return codes times factors."""
+        return (self.codes.float() * self.scale.float()).to(self.scale.dtype)
