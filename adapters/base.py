@@ -20,6 +20,9 @@ from mmfast.tokens import Layout
 
 if TYPE_CHECKING:
     from mmfast.adapters.binding import Binding
+    from mmfast.adapters.shared import Contexts
+    from mmfast.adapters.streaming import Stream
+    from mmfast.kv.base import Evictor
     from mmfast.plan import Plan
 
 _ENTRY_POINTS = "mmfast.adapters"
@@ -190,6 +193,12 @@ class Adapter:
             "activations cannot run on this model"
         )
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
     def output_projection(self, layer: nn.Module) -> nn.Linear:
         """Return the projection behind the attention of a decoder layer.
 
@@ -202,6 +211,11 @@ class Adapter:
             if isinstance(found, nn.Linear):
                 return found
         raise ValueError(f"the attention module {type(module).__name__} has no linear output projection")
+
+    def prompt_positions(self, inputs: Mapping[str, Any], start: int) -> Tensor:
+        """Return the position ids ``[1, n]`` of one unpadded prompt that begins at position ``start``."""
+        ids = inputs["input_ids"]
+        return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
 
     def text_positions(self, places: Tensor) -> Tensor:
         """Turn places ``[m]`` of text into position ids as :meth:`rotary` reads them."""
@@ -325,6 +339,19 @@ class Adapter:
         return projected
 
     # ------------------------------------------------------------------ binding
+
+    @property
+    def contexts(self) -> Contexts:
+        """What keeps a prompt that has been read, to go on from it many times."""
+        from mmfast.adapters.shared import Contexts
+
+        return Contexts(self)
+
+    def stream(self, evictor: Evictor, budget: int) -> Stream:
+        """Open a cache for a video that keeps arriving."""
+        from mmfast.adapters.streaming import Stream
+
+        return Stream(self, evictor, budget)
 
     def bind(self, plan: Plan, *, replace: bool = False, clip: Any = None) -> Binding:
         """Put a plan to work on the model.

@@ -17,18 +17,9 @@ from mmfast.adapters.masks import gather_positions
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.reading import capture_attention, switch_on_tap
 from mmfast.adapters.recorder import Recorder
-from mmfast.kv.base import (
-    Adjuster,
-    CacheMethod,
-    Entries,
-    Evictor,
-    ModelEvictor,
-    Packer,
-    Retained,
-    Retriever,
-    Rotation,
-)
+from mmfast.kv.base import Adjuster, CacheMethod, Evictor, ModelEvictor, Packer, Retriever
 from mmfast.kv.cache import PromptBook
+from mmfast.kv.entries import Entries, Retained, Rotation
 from mmfast.token_pruning.attention import AttentionView
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmfast.adapters.attention import Operands
 from mmfast.adapters.call import Inner
-from mmfast.kv.base import Retriever, Step
+from mmfast.kv.base import Retriever
 from mmfast.kv.cache import PromptBook
+from mmfast.kv.entries import Step
 
 
 class Selecting:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.cache import LogicalLayer
-from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.base import Packed, Packer
+from mmfast.kv.entries import Entries
 
 _LEAST = 32
 """Generated tokens are packed so many at a time: a block each would take longer to read than to attend to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ class QwenVL(Adapter):
     def patches_per_side(self, modality: str) -> int | None:
         """Squares of patches are merged."""
         return int(self.model.config.vision_config.spatial_merge_size)
+
+    def prompt_positions(self, inputs: Mapping[str, Any], start: int) -> Tensor:
+        """Let the model lay out time, rows and columns, ``[3, 1, n]``."""
+        known = inspect.signature(self.base.get_rope_index).parameters
+        found: Tensor = self.base.get_rope_index(**{name: inputs[name] for name in known if name in inputs})[0]
+        return found + start
 
     def text_positions(self, places: Tensor) -> Tensor:
         """Text has the same time, row and column."""

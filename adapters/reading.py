@@ -37,11 +37,10 @@ class Reading:
 
 def switch_on_tap(adapter: Adapter, inner: Inner) -> None:
     """Let the decoder attend through the tap for the length of a call, however many ask for it."""
-    if inner.tables.setdefault("tapped", False):
-        return
-    inner.tables["tapped"] = True
     config = adapter.text_config
     before = config._attn_implementation_internal
+    if before.startswith(tap_name("")):
+        return
 
     def switch_off() -> None:
         config._attn_implementation_internal = before

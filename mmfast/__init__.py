@@ -4,8 +4,8 @@ One call, :func:`accelerate`, prunes and merges visual tokens of an unmodified H
 ``remove()`` gives back exactly the model you had.
 
     >>> import mmfast
-    >>> sorted(method.name for method in mmfast.methods())[:2]
-    ['aim_merge', 'aim_prune']
+    >>> sorted(method.name for method in mmfast.methods("before_llm"))[:2]
+    ['aim_merge', 'anchor_merge']
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mmfast.plan import Plan
     from mmfast.registry import MethodInfo, methods, register
     from mmfast.report import Report
+    from mmfast.shared import SharedContext
+    from mmfast.stream import VideoStream
     from mmfast.tokens import Keep, Layout, VisualTokens
     from mmfast.zoo import load_default
     from mmfast.zoo.clip import ClipTower
@@ -35,6 +37,8 @@ _HOME = {
     "MethodInfo": "mmfast.registry",
     "Plan": "mmfast.plan",
     "Report": "mmfast.report",
+    "SharedContext": "mmfast.shared",
+    "VideoStream": "mmfast.stream",
     "VisualTokens": "mmfast.tokens",
     "accelerate": "mmfast.accelerated",
     "calibrate": "mmfast.calibration",
@@ -53,6 +57,8 @@ __all__ = [
     "MethodInfo",
     "Plan",
     "Report",
+    "SharedContext",
+    "VideoStream",
     "VisualTokens",
     "__version__",
     "accelerate",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Retained
+from mmfast.kv.entries import Retained
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ class LogicalLength:
         """Keep what was chosen of each row's prompt; everything else that is stored stays too.
 
         Args:
-            choices: per row, the ``[n]`` int64 places of the entries that were up for choice among those stored,
-                and the choice; None = all stay.
+            choices: per row, the ``[n]`` int64 places of the entries that were up for choice among those stored
+                (``[G, n]`` where heads differ), and the choice; None = all stay.
         """
         if self.keys is None or self.values is None or all(choice is None for choice in choices):
             return
@@ -250,16 +250,16 @@ class LogicalLength:
             if choice is None:
                 continue
             places, retained = choice
-            places = places.to(keep.device)
-            keep[row, :, places] &= retained.by_head(keep.shape[1]).to(keep.device)
+            places = places.to(keep.device).expand(keep.shape[1], -1)
+            stays = keep[row].gather(1, places) & retained.by_head(keep.shape[1]).to(keep.device)
+            keep[row].scatter_(1, places, stays)
             for name, states in (("keys", retained.keys), ("values", retained.values)):
                 if states is not None:
                     whole = changed.setdefault(name, getattr(self, name).clone())
-                    whole[row][:, places] = states.to(whole.dtype)
+                    whole[row].scatter_(1, places[..., None].expand_as(states), states.to(whole.dtype))
             if retained.bias is not None:
                 start = self.bias if self.bias is not None else torch.zeros(keep.shape, device=keep.device)
-                whole = changed.setdefault("bias", start.clone())
-                whole[row][:, places] = retained.bias.float()
+                changed.setdefault("bias", start.clone())[row].scatter_(1, places, retained.bias.float())
         for name, whole in changed.items():
             setattr(self, name, whole)
         self.compact(keep)

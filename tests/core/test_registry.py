@@ -42,7 +42,7 @@ def test_bad_names_and_stages_are_refused(name: str, stage: str) -> None:
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(ValueError, match="known methods: aim_merge"):
+    with pytest.raises(ValueError, match="known methods: actqkv, adakv, aim_merge"):
         get("zzzzzz")
 
 

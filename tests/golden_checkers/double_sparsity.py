@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Step
+from mmfast.kv.entries import Step
 from mmfast.kv.retrieval.double_sparsity import label_keys, label_logits
 from mmfast.registry import get
 from support.entries import Case, tensor

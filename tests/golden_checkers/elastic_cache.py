@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Retained, Step
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction import elastic_cache
 from mmfast.kv.eviction.elastic_cache import ElasticCache
 from support.entries import Case, tensor

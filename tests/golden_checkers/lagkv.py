@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmfast.kv.base import Retained
+from mmfast.kv.entries import Retained
 from mmfast.registry import get
 from support.entries import Case, indices, kept_of, rows
 

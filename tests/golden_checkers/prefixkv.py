@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Retained, Step
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction.prefixkv import PrefixKV, Received, prefix_search
 from support.entries import Case, tensor
 

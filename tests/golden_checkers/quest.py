@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import best_pages, page_bounds, upper_bounds
 from mmfast.registry import get
 from support.entries import Case, tensor

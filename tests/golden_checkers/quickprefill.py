@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Retained
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import get
 from support.entries import Case, tensor
 

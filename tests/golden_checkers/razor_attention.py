@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.razor_attention import compensated
 from mmfast.token_pruning.attention import AttentionView
 from support.entries import Case, tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.rekv import best_blocks, block_logits
 from mmfast.registry import get
 from mmfast.token_pruning.attention import AttentionView

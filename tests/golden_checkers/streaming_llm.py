@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.eviction.streaming_llm import StreamingLLM, without
 from support.entries import Case
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.streammem import choose_slots
 from mmfast.registry import get
 from mmfast.token_pruning.attention import AttentionView

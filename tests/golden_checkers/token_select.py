@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmfast.kv.base import Step
+from mmfast.kv.entries import Step
 from mmfast.registry import get
 from support.entries import Case, tensor
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.aircache import Judged, skewness
 from mmfast.registry import get
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.double_sparsity import channel_order
 from mmfast.registry import get
 

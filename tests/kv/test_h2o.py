@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.eviction.h2o import H2O
 from mmfast.token_pruning.attention import AttentionView
 

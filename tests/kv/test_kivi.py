@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.packing.kivi import Kivi
 from mmfast.kv.quantised import pack_codes, unpack_codes
 

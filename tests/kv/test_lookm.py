@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction import lookm
 from mmfast.kv.eviction.lookm import LookM, most_similar
 from mmfast.token_pruning.attention import AttentionView

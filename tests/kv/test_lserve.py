@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.lserve import streaming_heads
 from mmfast.registry import get
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.meda import Spread, attention_entropy, cross_modal_entropy
 from mmfast.registry import get
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.mixkv import key_similarity, matched
 from mmfast.registry import get
 

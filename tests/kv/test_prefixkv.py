@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from mmfast.kv.base import Entries, Retained, Step
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction.prefixkv import PrefixKV, prefix_search, spread
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Retriever, Step
+from mmfast.kv.base import Retriever
+from mmfast.kv.entries import Entries, Step
 from mmfast.registry import get
 from mmfast.token_pruning.attention import AttentionView
 from support.entries import rotary

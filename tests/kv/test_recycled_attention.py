@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Step
+from mmfast.kv.entries import Step
 from mmfast.registry import get
 
 KEYS = torch.tensor([[[5.0, 0.0], [0.0, 5.0], [3.0, 0.0], [0.0, 0.0], [9.0, 9.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])

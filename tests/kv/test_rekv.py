@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.kv.base import Entries, Step, rotate
+from mmfast.kv.entries import Entries, Step, rotate
 from mmfast.registry import get
 from mmfast.token_pruning.attention import AttentionView
 from support.entries import rotary

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.sentence_kv import split_into_sentences
 from mmfast.registry import get
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import means_by_label
 from mmfast.kv.retrieval.squeezed_attention import cluster, cluster_scores
 from mmfast.registry import get

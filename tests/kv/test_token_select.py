@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Step
+from mmfast.kv.entries import Step
 from mmfast.registry import get
 
 

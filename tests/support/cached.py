@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
-from mmfast.kv.base import Adjuster, Entries, Evictor, ModelEvictor, Packer, Retained, Retriever, Rotation, Step, rotate
+from mmfast.kv.base import Adjuster, Evictor, ModelEvictor, Packer, Retriever
+from mmfast.kv.entries import Entries, Retained, Rotation, Step, rotate
 from mmfast.plan import Plan
 from mmfast.token_pruning.attention import AttentionView
 from mmfast.token_pruning.base import Method

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Rotation, rotate
+from mmfast.kv.entries import Entries, Rotation, rotate
 
 Case = dict[str, np.ndarray]
 

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Retained, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.h2o import check_share
 from mmfast.kv.eviction.pyramidkv import ScorerUser
 from mmfast.registry import register
@@ -91,9 +92,14 @@ class AdaKV(ScorerUser):
 
 
 def concentration(scores: Tensor, counts: Tensor) -> Tensor:
-    """Return the share of the highest ``counts`` ``[G]`` scores in the sum of all, of each row of ``[G, n]``: ``[G, 1]``.
+    """Return how much of the sum of each row its highest scores are; infinite ones are left out.
 
-    Infinite scores are left out.
+    Args:
+        scores: ``[G, n]``.
+        counts: int64 ``[G]``, how many of each row.
+
+    Returns:
+        float32 ``[G, 1]``.
 
     Example:
         >>> concentration(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.tensor([1, 1])).tolist()

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, ModelEvictor, Retained, top_mask
+from mmfast.kv.base import ModelEvictor, top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import register
 
 _LOGITS = 1 << 22

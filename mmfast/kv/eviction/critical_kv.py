@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import CacheScorer, Entries, scorer_named, top_mask
-from mmfast.kv.eviction.expected_attention import forcing_score
+from mmfast.kv.base import CacheScorer, scorer_named, top_mask
+from mmfast.kv.entries import Entries
 from mmfast.registry import register
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -81,7 +81,7 @@ class CriticalKV(CacheScorer):
         forced = top_mask(base, int(self.first_stage * kept)) | (base == torch.inf)
         lowest = base.masked_fill(base.isinf(), 0.0).amin(dim=-1, keepdim=True).clamp_max(0.0)
         weighted = (base - lowest + self.epsilon) * self.contributions(entries)
-        return weighted.masked_fill(base == -torch.inf, -torch.inf).masked_fill(forced, forcing_score(self))
+        return weighted.masked_fill(base == -torch.inf, -torch.inf).masked_fill(forced, torch.inf)
 
     def contributions(self, entries: Entries) -> Tensor:
         """Return the mean absolute sum of each value after the output projection, float32 ``[G, n]``."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Evictor, Retained, top_mask
+from mmfast.kv.base import Evictor, top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.h2o import check_share, recent_count
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Evictor, Retained, Step, top_mask
+from mmfast.kv.base import Evictor, top_mask
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction.streaming_llm import check_start, evicted, own_places, remember_stored
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice

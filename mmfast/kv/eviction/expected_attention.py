@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import CacheScorer, Entries, rotate
+from mmfast.kv.base import CacheScorer
+from mmfast.kv.entries import Entries, rotate
 from mmfast.kv.eviction.lagkv import check_sinks
 from mmfast.registry import register
 
@@ -57,7 +58,7 @@ class ExpectedAttention(CacheScorer):
         weights = entries.per_group(self.logits(entries, sinks).softmax(dim=-1))
         if self.value_norm:
             weights = (weights + self.epsilon) * entries.values[:, sinks:].float().norm(dim=-1)
-        return torch.cat([weights.new_full((entries.heads, sinks), forcing_score(self)), weights], dim=-1)
+        return torch.cat([weights.new_full((entries.heads, sinks), torch.inf), weights], dim=-1)
 
     def logits(self, entries: Entries, sinks: int) -> Tensor:
         """Return the logarithm of the expected unnormalised attention, float32 ``[H, n - sinks]``."""
@@ -84,13 +85,3 @@ class ExpectedAttention(CacheScorer):
             ]
             logits = logits + torch.stack(quadratic) * (scaling**2 / 2)
         return logits.mT.flatten(0, 1)
-
-
-def forcing_score(method: CacheScorer) -> float:
-    """Return the score of entries that always stay: infinity, or just below it where text comes first.
-
-    Example:
-        >>> forcing_score(ExpectedAttention()), forcing_score(ExpectedAttention(entries="visual")) < float("inf")
-        (inf, True)
-    """
-    return torch.inf if method.entries == "all" else torch.finfo(torch.float32).max

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Evictor, Retained, Step, top_mask
+from mmfast.kv.base import Evictor, top_mask
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction.streaming_llm import evicted, limit_of, own_places, remember_stored
 from mmfast.registry import register
 

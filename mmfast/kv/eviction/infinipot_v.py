@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmfast.budget import shares
-from mmfast.kv.base import Entries, Retained, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.quickprefill import VisualScorer
 from mmfast.registry import register
 

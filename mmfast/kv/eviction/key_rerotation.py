@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from mmfast.kv.base import Adjuster, Entries, Retained, rotate
+from mmfast.kv.base import Adjuster
+from mmfast.kv.entries import Entries, Retained, rotate
 from mmfast.registry import register
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmfast.kv.base import CacheScorer, Entries
+from mmfast.kv.base import CacheScorer
+from mmfast.kv.entries import Entries
 from mmfast.registry import register
 
 

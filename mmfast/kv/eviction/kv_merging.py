@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Adjuster, Entries, Retained
+from mmfast.kv.base import Adjuster
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice
 
@@ -79,9 +80,10 @@ class KVMerging(Adjuster):
         old, new = stays.float(), dropped.float()
         norm = new.norm(dim=-1)
         weight = cosine.clamp_min(0) * norm / (norm + old.norm(dim=-1)[target] + _EPSILON)
-        weight = weight * self.similar_enough(cosine)
-        # Zero times infinity: a dropped value that is not finite and does not count must not spoil the others.
-        sent = (weight[:, None] * new).masked_fill(weight[:, None] == 0, 0.0)
+        # By filling, not by multiplying: a value that is not finite and does not count must not spoil the others.
+        ignored = ~self.similar_enough(cosine) | (cosine <= 0)
+        weight = weight.masked_fill(ignored, 0.0)
+        sent = (weight[:, None] * new).masked_fill(ignored[:, None], 0.0)
         total = torch.zeros_like(old).index_add(0, target, sent)
         mass = torch.zeros_like(old[:, 0]).index_add(0, target, weight)[:, None]
         return ((old + total) / (1 + mass)).to(stays.dtype)

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mmfast.kv.base import CacheScorer, Entries
+from mmfast.kv.base import CacheScorer
+from mmfast.kv.entries import Entries
 from mmfast.registry import register
 
 

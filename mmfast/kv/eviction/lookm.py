@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Evictor, Retained
+from mmfast.kv.base import Evictor
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.h2o import check_share, heavy_and_recent, received, recent_count
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, ModelEvictor, Retained
+from mmfast.kv.base import ModelEvictor
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.lookm import LookM
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice

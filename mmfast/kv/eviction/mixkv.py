@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.snapkv import SnapKV
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmfast.kv.base import Entries, ModelEvictor, Retained, Step
+from mmfast.kv.base import ModelEvictor
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.kv.eviction.elastic_cache import (
     check_distance,
     column_means,

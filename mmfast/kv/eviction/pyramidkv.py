@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -10,9 +9,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mmfast.budget import shares
-from mmfast.kv.base import CacheScorer, Entries
+from mmfast.kv.base import CacheScorer, scorer_named
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.snapkv import fitting_window
-from mmfast.registry import get, register
+from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice
 
 
@@ -43,9 +43,16 @@ class ScorerUser(CacheScorer):
         Raises:
             ValueError: if ``scorer`` names no such method.
         """
-        found = named_scorer(self.scorer)
-        if isinstance(found, type(self)):
-            raise ValueError(f"scorer={self.scorer!r} of method {self.name!r} must name another method")
+        found = scorer_named(self.scorer)
+        if isinstance(found, type(self)) or found.ragged or type(found).retain is not CacheScorer.retain:
+            raise ValueError(
+                f"scorer={self.scorer!r} of method {self.name!r} must name another method, one that does no more than "
+                "score cached entries"
+            )
+        defaults = CacheScorer.__dataclass_fields__
+        for option in ("keep", "entries"):
+            if getattr(found, option) != defaults[option].default:
+                raise ValueError(f"scorer={self.scorer!r} sets {option}, which belongs to {self.name!r}: set it there")
         return replace(found, keep=self.keep, entries=self.entries)
 
     def layer_count(self, entries: int, layer: int, depth: int) -> int:
@@ -144,45 +151,3 @@ class PyramidKV(ScorerUser):
             first = last = wanted
         step = (first - last) / (depth - 1)
         return [min(entries, max(1, round(first - layer * step))) for layer in range(depth)]
-
-
-def named_scorer(text: object) -> CacheScorer:
-    """Build the method that an option ``scorer`` names.
-
-    Raises:
-        ValueError: if it is no text, cannot be read, names a method that does more than score, or an option that
-            the method lacks or that belongs to the budget.
-
-    Example:
-        >>> named_scorer("snapkv(window=16)").window
-        16
-        >>> named_scorer("snapkv(keep=16)")
-        Traceback (most recent call last):
-        ValueError: scorer='snapkv(keep=16)': 'keep' cannot be given; options: kernel, pooling, reduce, window
-    """
-    name, options = _read(text)
-    info = get(name)
-    known = sorted(set(info.options) - {"keep", "entries"})
-    for option in options:
-        if option not in known:
-            raise ValueError(f"scorer={text!r}: {option!r} cannot be given; options: {', '.join(known) or 'none'}")
-    method = info.method(**options)
-    if not isinstance(method, CacheScorer) or method.ragged or type(method).retain is not CacheScorer.retain:
-        raise ValueError(f"scorer={text!r} must name a method of the cache that scores entries, such as 'snapkv'")
-    return method
-
-
-def _read(text: object) -> tuple[str, dict[str, object]]:
-    """Split the text form of one method into name and options."""
-    example = "it must read like 'snapkv' or 'snapkv(window=16)'"
-    if not isinstance(text, str):
-        raise ValueError(f"scorer={text!r} is no text; {example}")
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if isinstance(tree, ast.Name):
-            return tree.id, {}
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass
-    raise ValueError(f"scorer={text!r} cannot be read; {example}")

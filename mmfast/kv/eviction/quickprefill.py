@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmfast.budget import shares
-from mmfast.kv.base import CacheScorer, Entries, Retained
+from mmfast.kv.base import CacheScorer
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import register
 
 

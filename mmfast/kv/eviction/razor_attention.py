@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Evictor, Retained
+from mmfast.kv.base import Evictor
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.lagkv import check_sinks
 from mmfast.registry import register
 

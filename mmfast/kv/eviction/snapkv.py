@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import CacheScorer, Entries
+from mmfast.kv.base import CacheScorer
+from mmfast.kv.entries import Entries
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Retained
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.adakv import ragged_mask, rounded
 from mmfast.kv.eviction.h2o import check_share
 from mmfast.kv.eviction.snapkv import SnapKV, fitting_window
@@ -134,7 +135,7 @@ class SparseMM(SnapKV):
         if scores is None:
             return torch.ones(depth, heads, dtype=torch.float64)
         self._check_size(scores, depth, queries)
-        return scores.unflatten(-1, (heads, -1)).sum(dim=-1)
+        return rearrange(scores, "l (g r) -> l g r", g=heads).sum(dim=-1)
 
     def _check_size(self, scores: Tensor, depth: int, queries: int | None = None) -> None:
         layers, found = scores.shape

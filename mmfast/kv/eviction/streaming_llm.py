@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Evictor, Retained, Step
+from mmfast.kv.base import Evictor
+from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.registry import register
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Retained, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.kv.eviction.quickprefill import VisualScorer
 from mmfast.kv.retrieval.rekv import frame_blocks
 from mmfast.registry import register

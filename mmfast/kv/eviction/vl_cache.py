@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, ModelEvictor, Retained, top_mask
+from mmfast.kv.base import ModelEvictor, top_mask
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.base import Packed, Packer
+from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import Quantised, Raw, Side, affine, check_bits, split
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, check_choice

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.base import Packed, Packer
+from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import Side, check_bits, check_group, minmax, split, token_groups, whole_chunks
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice

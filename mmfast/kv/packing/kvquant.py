@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.base import Packed, Packer
+from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import (
     Concatenated,
     Joined,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Packed, Packer
+from mmfast.kv.base import Packed, Packer
+from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import Side
 from mmfast.registry import register
 

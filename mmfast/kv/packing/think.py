@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Packed, Packer, top_mask
+from mmfast.kv.base import Packed, Packer, top_mask
+from mmfast.kv.entries import Entries
 from mmfast.kv.eviction.snapkv import check_window
 from mmfast.kv.quantised import Raw, Side
 from mmfast.registry import register

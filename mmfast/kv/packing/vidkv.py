@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Packed, Packer, top_mask
+from mmfast.kv.base import Packed, Packer, top_mask
+from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import Raw, Side, affine, check_group, in_groups, minmax, pack_codes, split, unpack_codes
 from mmfast.registry import register
 

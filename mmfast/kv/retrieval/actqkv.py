@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.eviction.snapkv import check_window
 from mmfast.kv.retrieval.quest import PromptReader, best_pages, by_group, check_count, padded
 from mmfast.kv.retrieval.token_select import fitting_ends

@@ -10,7 +10,8 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import PromptReader, check_count
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice

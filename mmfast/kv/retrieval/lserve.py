@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.eviction.snapkv import check_window
 from mmfast.kv.retrieval.quest import PromptReader, best_pages, by_group, check_count, page_bounds, upper_bounds
 from mmfast.kv.retrieval.token_select import shrunken

@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Retriever, Step, top_mask
+from mmfast.kv.base import Retriever, top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.registry import register
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Retriever, Step, top_mask
+from mmfast.kv.base import Retriever, top_mask
+from mmfast.kv.entries import Step
 from mmfast.kv.retrieval.quest import by_group, check_count, without_padding
 from mmfast.kv.retrieval.token_select import check_cosine
 from mmfast.registry import register

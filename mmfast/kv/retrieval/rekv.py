@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import PromptReader, check_count, means_by_label
 from mmfast.registry import register
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.eviction.snapkv import check_kernel, check_window, fitting_window, forced_window, pooled
 from mmfast.kv.retrieval.quest import PromptReader, by_group, check_count, means_by_label
 from mmfast.kv.retrieval.token_select import fitting_ends

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Entries, Step
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import PromptReader, by_group, check_count, means_by_label
 from mmfast.registry import register
 from mmfast.token_pruning.attention import AttentionView

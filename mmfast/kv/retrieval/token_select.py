@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from mmfast.kv.base import Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Step
 from mmfast.kv.eviction.snapkv import check_kernel, pooled
 from mmfast.kv.retrieval.quest import PromptReader, check_count
 from mmfast.registry import register

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmfast.kv.base import Entries, Step, top_mask
+from mmfast.kv.base import top_mask
+from mmfast.kv.entries import Entries, Step
 from mmfast.kv.retrieval.quest import PromptReader
 from mmfast.registry import register
 from mmfast.token_pruning.attention import AttentionView
