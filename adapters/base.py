@@ -353,20 +353,21 @@ class Adapter:
 
         return Stream(self, evictor, budget)
 
-    def bind(self, plan: Plan, *, replace: bool = False, clip: Any = None) -> Binding:
+    def bind(self, plan: Plan, *, replace: bool = False, clip: Any = None, reselect: bool = False) -> Binding:
         """Put a plan to work on the model.
 
         Args:
             plan: the plan.
             replace: take off a plan that is at work already.
             clip: a :class:`mmfast.ClipTower` for methods that want one.
+            reselect: let a new question of a conversation choose anew.
 
         Raises:
             ValueError: if the model cannot do what the plan asks for; it is untouched then.
         """
         from mmfast.adapters.binding import Binding
 
-        return Binding(self, plan, replace=replace, clip=clip)
+        return Binding(self, plan, replace=replace, clip=clip, reselect=reselect)
 
     def check(self) -> None:
         """Refuse models whose parts are not where they are expected.

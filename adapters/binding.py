@@ -28,6 +28,7 @@ from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.mask_rules import rewritten
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
 from mmfast.adapters.media import (
+    FEATURE_KEYS,
     feature_source,
     items_of,
     modalities,
@@ -40,6 +41,7 @@ from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
 from mmfast.adapters.resizing import shrinker
+from mmfast.adapters.turns import Turns
 from mmfast.adapters.vision import VisionReader
 from mmfast.kv.base import CacheMethod
 from mmfast.plan import Plan
@@ -63,13 +65,22 @@ class Binding:
         plan: the plan.
         replace: detach a plan that is at work on the model.
         clip: a CLIP model, for methods that want one.
+        reselect: let a new question choose anew where the plan reads questions.
 
     Raises:
         ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
             Nothing has been changed then.
     """
 
-    def __init__(self, adapter: Adapter, plan: Plan, *, replace: bool = False, clip: ClipTower | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        *,
+        replace: bool = False,
+        clip: ClipTower | None = None,
+        reselect: bool = False,
+    ) -> None:
         plan = settled(adapter, plan)
         check_clip(adapter, plan, clip)
         self.clip = clip
@@ -88,6 +99,7 @@ class Binding:
         self._drafted = 0
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
+        self.turns = Turns(adapter, self.recorder) if reselect and plan.reads_question else None
         refuse_impossible(adapter, plan)
         self.calibrates = calibrates(adapter, plan)
         running = active_on(adapter.model)
@@ -149,6 +161,8 @@ class Binding:
         if self._reads_attention:
             implementation = self.adapter.text_config._attn_implementation
             register_tap(implementation, self.ledger)
+        if self.turns is not None:
+            self.turns.attach(self.ledger)
         self._forget_compiled()
         self.ledger.enter(self._forget_compiled)
 
@@ -186,6 +200,12 @@ class Binding:
                 return original(*args, **kwargs)
             arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
             arguments.update(arguments.pop("kwargs", {}))
+            pixels = next((arguments[name] for name in FEATURE_KEYS if arguments.get(name) is not None), None)
+            known = None if self.turns is None else self.turns.encoded(modality, pixels)
+            if known is not None:
+                if self.outer is not None:
+                    self.outer.layouts[modality] = tagged(known) or []
+                return known
             begin = self.recorder.watch.mark()
             self._encoding = True
             try:
@@ -206,6 +226,8 @@ class Binding:
             tag(output, layouts)
             if self.outer is not None:
                 self.outer.layouts[modality] = layouts
+            if self.turns is not None:
+                self.turns.keep(modality, pixels, output)
             return output
 
         return watched
@@ -419,6 +441,8 @@ class Binding:
             if outer.attention_mask is not None and inner.seen:
                 past = outer.attention_mask[:, : inner.seen].bool()
             adopt(cache, self.adapter.shape.layers, past)
+            if self.turns is not None:
+                self.turns.adopted(cache)
 
     def _positions(self, inner: Inner, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
         """Gather or renumber the position ids."""

@@ -43,13 +43,8 @@ class LogicalLayer(LogicalLength, DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             return
         drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if drop == 0:
-            return
-        if self.keys is None or self.values is None:
-            return
-        self.drop_last(drop)
-        self.keys = self.keys[..., :-drop, :]
-        self.values = self.values[..., :-drop, :]
+        if self.stored:
+            self.drop_last(drop)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
@@ -124,6 +119,8 @@ def adopt(cache: DynamicCache, depth: int, past_valid: Tensor | None) -> None:
     """
     cache.layer_class_to_replicate = None
     cache.layers = [_replacement(cache.layers[i] if i < len(cache.layers) else None, past_valid) for i in range(depth)]
+    for layer in cache.layers:
+        layer.peers = cache.layers
 
 
 def _replacement(layer: Any, past_valid: Tensor | None) -> LogicalLayer:

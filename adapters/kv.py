@@ -17,7 +17,7 @@ from mmfast.adapters.masks import gather_positions
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.reading import capture_attention, switch_on_tap
 from mmfast.adapters.recorder import Recorder
-from mmfast.kv.base import Adjuster, CacheMethod, Evictor, ModelEvictor, Packer, Retriever
+from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Forgetter, ModelEvictor, Packer, Retriever
 from mmfast.kv.cache import PromptBook
 from mmfast.kv.entries import Entries, Retained, Rotation
 from mmfast.token_pruning.attention import AttentionView
@@ -69,6 +69,7 @@ class CacheRunner:
         self.adjusters = [method for method in methods if isinstance(method, Adjuster)]
         self.retriever = next((method for method in methods if isinstance(method, Retriever)), None)
         self.packer = next((method for method in methods if isinstance(method, Packer)), None)
+        self.forgetter = next((method for method in methods if isinstance(method, Forgetter)), None)
         self.needs = frozenset().union(*(method.needs for method in methods)) if methods else frozenset()
         # What keeps everything is no reason to touch a prompt.
         self.any = any(getattr(method, "keep", None) != 1.0 for method in methods if not isinstance(method, Adjuster))
@@ -88,6 +89,10 @@ class CacheRunner:
         """Hook the layers whose caches change in this call."""
         if not self.any or inner.cache is None:
             return
+        if inner.length == 1 and self.forgetter is not None:
+            layer = self.adapter.layers[self.forgetter.first_layer(self.adapter.shape.layers)]
+            handle = layer.register_forward_pre_hook(self._before_forgetting(inner, self.forgetter), with_kwargs=True)
+            inner.undo.append(handle.remove)
         if inner.length > 1 and any(inner.segments):
             if "attention" in self.needs:
                 switch_on_tap(self.adapter, inner)
@@ -143,6 +148,14 @@ class CacheRunner:
 
     def finish(self, inner: Inner) -> None:
         """Decide what had to wait for the last layer."""
+        self._forget(inner)
+        self._settle(inner)
+        if inner.cache is not None and "kv floor" in inner.tables:
+            # One layer cannot go back alone.
+            for layer in inner.cache.layers:
+                layer.floor = max(layer.floor, inner.tables["kv floor"])
+
+    def _settle(self, inner: Inner) -> None:
         for run in inner.tables.pop("kv late", []):
             self._prompt_read(inner, run)
         seen = inner.tables.pop("kv observed", None)
@@ -200,7 +213,7 @@ class CacheRunner:
         end = inner.length if inner.prompt_end is None else inner.prompt_end + 1
         layer.retain([choices.get(row) for row in range(run.hidden.shape[0])])
         if choices or self.packer is not None or self.retriever is not None:
-            layer.floor = max(layer.floor, inner.seen + end)
+            inner.tables["kv floor"] = inner.seen + end
         shifts: dict[int, int] | None = inner.tables.pop(("kv shift", run.index), None)
         if shifts:
             shift = torch.tensor([shifts.get(row, 0) for row in range(run.hidden.shape[0])], device=run.hidden.device)
@@ -324,6 +337,31 @@ class CacheRunner:
 
     # -------------------------------------------------------------- decode steps
 
+    def _before_forgetting(self, inner: Inner, method: Forgetter) -> Any:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            with torch.no_grad():
+                inner.tables["remembered"] = method.remember(hidden[:, 0])
+
+        return before
+
+    def _forget(self, inner: Inner) -> None:
+        """Take new tokens that are not worth remembering out again, in prompts that have images or videos."""
+        remembered: Tensor | None = inner.tables.pop("remembered", None)
+        if remembered is None or self.forgetter is None or inner.cache is None:
+            return
+        for layer in inner.cache.layers[self.forgetter.first_layer(self.adapter.shape.layers) :]:
+            if layer.is_sliding or layer.visual is None:
+                continue
+            gone = ~remembered.cpu() & layer.visual.cpu()
+            if bool(gone.any()):
+                keep = layer.real_entries().clone()
+                keep[gone.to(keep.device), :, -1] = False
+                layer.compact(keep)
+                if not layer.holes:
+                    layer.holes = True
+                    inner.tables["kv floor"] = max(layer.floor, layer.seen - 1)
+
     def _after_step(self, inner: Inner, index: int) -> Any:
         def after(layer: nn.Module, args: Any, output: Any) -> None:
             evictor, cached = self.evictor, inner.cache.layers[index]
@@ -347,7 +385,7 @@ class CacheRunner:
                         gather_memory(book, keep[row][:, places])
                 if not torch.equal(keep, real):
                     cached.compact(keep)
-                    cached.floor = cached.seen
+                    inner.tables["kv floor"] = cached.seen
 
         return after
 

@@ -29,6 +29,8 @@ _BOOKS = (
     "places",
     "bias",
     "floor",
+    "holes",
+    "peers",
     "prompts",
     "announced",
     "dtype",
@@ -81,6 +83,7 @@ class PackedLayer(LogicalLayer):
 
     def __init__(self, packer: Packer, layer: LogicalLayer) -> None:
         self._rows: list[_Row] = []
+        self._leaving: list[int] = []
         super().__init__()
         self.packer = packer
         keys, values = layer.keys, layer.values
@@ -193,27 +196,38 @@ class PackedLayer(LogicalLayer):
             held += [] if book is None else list(book.memory.values())
         return held
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens; a positive value is the length to keep.
+    def _real(self, tokens: int) -> list[int]:
+        """Count the real ones among the last stored tokens, row by row."""
+        if self.valid is None:
+            return [tokens] * len(self._rows)
+        return [int(row[-tokens:].sum()) for row in self.valid]
+
+    def check_drop(self, tokens: int) -> None:
+        """Refuse also where tokens have been packed.
 
         Raises:
-            ValueError: if that reaches into what has been packed.
+            ValueError: saying so.
         """
-        drop = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if drop == 0:
-            return
-        real = [drop] * len(self._rows)
-        if self.valid is not None:
-            real = [int(row[-drop:].sum()) for row in self.valid]
-        if any(
-            row[side].loose.shape[1] < count for row, count in zip(self._rows, real, strict=True) for side in _SIDES
-        ):
+        super().check_drop(tokens)
+        pairs = zip(self._rows, self._real(tokens), strict=True)
+        if any(row[side].loose.shape[1] < count for row, count in pairs for side in _SIDES):
             raise ValueError(
-                f"cannot take back {drop} tokens: they have been packed already; give the method of the cache a larger "
-                "residual"
+                f"cannot take back {tokens} tokens: they have been packed already; give the method of the cache a "
+                "larger residual"
             )
-        self.drop_last(drop)
-        for row, count in zip(self._rows, real, strict=True):
+
+    def drop_last(self, tokens: int) -> None:
+        """Undo the last ``tokens`` tokens, which are loose.
+
+        Raises:
+            ValueError: if this layer or one of its peers cannot; nothing has changed then.
+        """
+        self._leaving = self._real(tokens) if tokens else []
+        super().drop_last(tokens)
+
+    def forget_states(self, tokens: int) -> None:
+        """Cut the last keys and values off."""
+        for row, count in zip(self._rows, self._leaving, strict=True):
             for side in row.values():
                 side.loose = side.loose[:, : side.loose.shape[1] - count].clone()
 

@@ -38,6 +38,7 @@ class Recorder:
         self._levels: list[Level] = []
         self._work: list[list[LayerWork]] = []
         self._kv_bytes = 0
+        self._reread = self.reread = 0
 
     def add_vision(self, begin: Any, end: Any) -> None:
         """Book one run of the vision tower."""
@@ -55,6 +56,7 @@ class Recorder:
         self._selection, self._prefill, self._steps, self._last_step = [], None, 0, None
         self._vision_inside = 0
         self._inner, self._levels, self._kv_bytes = None, [], 0
+        self._reread, self.reread = self.reread, 0
         self._begin = self.watch.mark()
 
     def begin_step(self) -> None:
@@ -125,6 +127,7 @@ class Recorder:
         report.seconds = self._seconds()
         report.decode_steps = self._steps
         report.kv_bytes = self._kv_bytes
+        report.reread_tokens = self._reread
         report.kv_value_bytes = self.adapter.decoder.dtype.itemsize
         report.peak_bytes = peak_memory(self.device)
         return report

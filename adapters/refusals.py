@@ -7,7 +7,7 @@ from typing import Any
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
-from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Packer, Retriever
+from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Forgetter, Packer, Retriever
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -15,7 +15,7 @@ from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 _KINDS: dict[str, tuple[type, ...]] = {
     "before_llm": (BeforeLLM,),
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
-    "cache": (Evictor, Adjuster, Retriever, Packer),
+    "cache": (Evictor, Adjuster, Retriever, Packer, Forgetter),
 }
 
 
@@ -139,11 +139,15 @@ def _check_cache(adapter: Adapter, plan: Plan) -> None:
             "in each head or goes on changing; use one of them alone"
         )
     packer: Packer | None = only(plan, "cache", Packer)
-    if packer is not None and evictor is not None and evictor.decodes:
+    going_on = next((method for method in methods if isinstance(method, Evictor | Forgetter) and method.decodes), None)
+    if packer is not None and going_on is not None:
         raise ValueError(
-            f"method {evictor.name!r} evicts entries at every step, which {packer.name!r} has packed by then; use "
-            "another of them, or one alone"
+            f"method {going_on.name!r} evicts entries while tokens are generated, which {packer.name!r} has packed by "
+            "then; use another of them, or one alone"
         )
+    forgetter: Forgetter | None = only(plan, "cache", Forgetter)
+    if forgetter is not None:
+        forgetter.first_layer(adapter.shape.layers)
 
 
 def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from mmfast.measure import agreement, in_turn, setting_of
 from mmfast.plan import Plan, PlanLike
 from mmfast.report import Comparison, Report
+from mmfast.token_pruning.base import check_choice
 from mmfast.zoo.clip import ClipTower
 
 
 def accelerate(
-    model: nn.Module, plan: PlanLike, *, replace: bool = False, clip: ClipTower | None = None
+    model: nn.Module,
+    plan: PlanLike,
+    *,
+    replace: bool = False,
+    clip: ClipTower | None = None,
+    on_new_turn: Literal["reuse", "reselect"] = "reuse",
 ) -> Accelerated:
     """Make a vision-language model faster, in place and reversibly.
 
@@ -29,6 +35,10 @@ def accelerate(
             list of method objects, or the path of a TOML or JSON file.
         replace: take off a plan that is already at work on this model; otherwise that is an error.
         clip: a CLIP model, for methods that compare patches with words in its space.
+        on_new_turn: what a later question of a conversation finds, where the plan reads questions.
+            ``"reuse"`` goes on from what the first question left; ``"reselect"`` reads the conversation again
+            from features that were kept aside, without encoding, so that the new question chooses. The report
+            says what that cost. It takes effect in ``generate()`` with the cache of the turn before.
 
     Returns:
         A handle that is also a context manager.
@@ -48,7 +58,9 @@ def accelerate(
     # The outer wall is reached here and nowhere else; it imports transformers.
     from mmfast.adapters import for_model
 
-    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace, clip=clip)
+    check_choice("on_new_turn", on_new_turn, ["reuse", "reselect"])
+    reselect = on_new_turn == "reselect"
+    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace, clip=clip, reselect=reselect)
 
 
 class Accelerated:
@@ -60,14 +72,21 @@ class Accelerated:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, adapter: Any, *, replace: bool = False, clip: ClipTower | None = None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        adapter: Any,
+        *,
+        replace: bool = False,
+        clip: ClipTower | None = None,
+        reselect: bool = False,
     ) -> None:
         self.model = model
         self.plan = plan
         self._adapter = adapter
         self._comparison: Comparison | None = None
-        self._clip = clip
-        self._binding = adapter.bind(plan, replace=replace, clip=clip)
+        self._options = {"clip": clip, "reselect": reselect}
+        self._binding = adapter.bind(plan, replace=replace, **self._options)
 
     @property
     def active(self) -> bool:
@@ -135,7 +154,7 @@ class Accelerated:
         try:
             yield self.model
         finally:
-            self._binding = self._adapter.bind(self.plan, clip=self._clip)
+            self._binding = self._adapter.bind(self.plan, **self._options)
 
     def __enter__(self) -> Accelerated:
         return self

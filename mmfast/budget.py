@@ -234,7 +234,7 @@ class Prediction:
         layer_average: visual tokens per layer, averaged over the layers.
         flops: multiply-accumulates of the prefill of the language model.
         full_flops: the same without the plan.
-        kv_bytes: bytes of the key/value cache after the prefill.
+        kv_bytes: bytes of the keys and values after the prefill; None where the data decide, or they are packed.
         full_kv_bytes: the same without the plan.
     """
 
@@ -243,5 +243,5 @@ class Prediction:
     layer_average: float
     flops: int
     full_flops: int
-    kv_bytes: int
+    kv_bytes: int | None
     full_kv_bytes: int

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.budget import LanguageShape, Prediction, prefill_flops, shares
+from mmfast.kv.base import Evictor, Packer
 from mmfast.registry import EXAMPLE, STACKING_STAGES, STAGES, build, get, parse_node, parse_text
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper
@@ -212,6 +213,7 @@ class Plan:
         shown = alive if mode == "freeze" else attending
         fed = alive if mode == "attention" else attending
         full = visual + text
+        held = _held(self.at("cache"), shown, text)
         return Prediction(
             entered=entered,
             tokens_per_layer=tuple(attending),
@@ -221,9 +223,19 @@ class Plan:
                 for count, seen, through in zip(attending, shown, fed, strict=True)
             ),
             full_flops=prefill_flops(shape, [full] * shape.layers),
-            kv_bytes=shape.kv_bytes(shown, bytes_per_value),
+            kv_bytes=None if held is None else shape.kv_bytes(held, bytes_per_value),
             full_kv_bytes=shape.kv_bytes([full] * shape.layers, bytes_per_value),
         )
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether what survives depends on the question, so that a later one finds what the first left.
+
+        Example:
+            >>> Plan.parse("divprune(keep=64)").reads_question, Plan.parse("snapkv()").reads_question
+            (False, True)
+        """
+        return any(method.reads_question for method in self.methods)
 
     def at(self, stage: str) -> tuple[Method, ...]:
         """Return the methods that act at ``stage``."""
@@ -242,6 +254,24 @@ def shared_count(total: int, items: int, count: Callable[[int], int]) -> int:
         60
     """
     return sum(count(part) for part in shares(total, [1] * items) if part)
+
+
+def _held(methods: Iterable[Method], shown: list[int], text: int) -> list[int] | None:
+    """Predict the entries that each layer's cache holds per head; None where the data decide, or they are packed."""
+    held = shown
+    for method in methods:
+        if isinstance(method, Packer):
+            return None
+        if isinstance(method, Evictor):
+            counts = [
+                method.entry_counts(max(0, count - text), min(count, text), layer, len(shown))
+                for layer, count in enumerate(held)
+            ]
+            known = [count for count in counts if count is not None]
+            if len(known) < len(counts):
+                return None
+            held = known
+    return held
 
 
 def _toml_table(method: Method) -> str:

@@ -29,6 +29,7 @@ _ACTIONS = {
     "LayerBypass": "reroutes",
     "LayerMask": "masks",
     "Adjuster": "adjusts",
+    "Forgetter": "forgets",
     "Retriever": "reads a part",
     "Packer": "packs",
 }

@@ -166,9 +166,10 @@ class Report:
         kv_bytes: bytes of the key/value cache after the prefill, measured; 0 without a cache.
         kv_value_bytes: bytes of one cached value.
         peak_bytes: peak memory so far of the device (CUDA) or of the whole process (CPU).
-        device: type of the device.
         comparison: a side-by-side measurement, if one was made.
         note: why there is nothing to report, if so.
+        device: type of the device.
+        reread_tokens: tokens of earlier turns that were read again so that this question could choose.
     """
 
     plan: str
@@ -185,6 +186,7 @@ class Report:
     comparison: Comparison | None = None
     note: str = ""
     device: str = "cpu"
+    reread_tokens: int = 0
 
     @property
     def tokens_per_layer(self) -> list[list[int]]:
@@ -269,6 +271,7 @@ class Report:
             "full_kv_bytes": self.full_kv_bytes,
             "peak_bytes": self.peak_bytes,
             "device": self.device,
+            "reread_tokens": self.reread_tokens,
             "note": self.note,
         }
         if self.comparison is not None:
@@ -303,6 +306,8 @@ class Report:
                 f"KV cache {self.kv_bytes / 1e6:.2f} MB of {self.full_kv_bytes / 1e6:.2f} "
                 f"({_share(self.kv_bytes, self.full_kv_bytes)})"
             )
+        if self.reread_tokens:
+            lines.append(f"turn     {self.reread_tokens} tokens of earlier turns read again for this question")
         times = ", ".join(f"{phase} {1e3 * self.seconds.get(phase, 0.0):.1f} ms" for phase in PHASES)
         lines.append(f"time     {times} ({self.decode_steps} decode steps)")
         if self.peak_bytes:

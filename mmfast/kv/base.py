@@ -57,6 +57,17 @@ class Evictor(CacheMethod):
         """Say how many of ``entries`` stay in one layer, on average over its heads."""
         return self.keep_count(entries)
 
+    def entry_counts(self, visual: int, text: int, layer: int, depth: int) -> int | None:
+        """Predict how many entries of a prompt one layer holds per head; None where the data decide.
+
+        Args:
+            visual: visual tokens that the layer read.
+            text: all others.
+            layer: index of the layer.
+            depth: number of layers.
+        """
+        return self.layer_count(visual + text, layer, depth)
+
     @abstractmethod
     def retain(self, entries: Entries, kept: int) -> Retained:
         """Choose ``kept`` entries; 1 <= kept < len(entries)."""
@@ -100,6 +111,12 @@ class CacheScorer(Evictor):
             entries: the entries.
             kept: how many will stay, for methods that force some of them by a share of the budget.
         """
+
+    def entry_counts(self, visual: int, text: int, layer: int, depth: int) -> int | None:
+        """Predict how many entries of a prompt one layer holds per head."""
+        if self.entries == "all":
+            return super().entry_counts(visual, text, layer, depth)
+        return text + (self.layer_count(visual, layer, depth) if visual else 0)
 
     def __call__(self, entries: Entries) -> Retained | None:
         """Decide about one prompt in one layer; None means that nothing goes."""
@@ -150,6 +167,10 @@ class ModelEvictor(Evictor):
 
     kind: ClassVar[str] = "ModelEvictor"
 
+    def entry_counts(self, visual: int, text: int, layer: int, depth: int) -> int | None:
+        """Leave it to the data, which spread the budget over the layers."""
+        return None
+
     @abstractmethod
     def observe(self, entries: Entries) -> Any:
         """Take from one layer what the decision needs."""
@@ -176,6 +197,23 @@ class Adjuster(CacheMethod):
     @abstractmethod
     def adjust(self, entries: Entries, retained: Retained) -> Retained:
         """Return the same choice with other keys or values."""
+
+
+@dataclass(frozen=True)
+class Forgetter(CacheMethod):
+    """Decide at every decode step whether the new token is remembered from some layer on."""
+
+    kind: ClassVar[str] = "Forgetter"
+    role: ClassVar[str] = "forget"
+    decodes: ClassVar[bool] = True
+
+    @abstractmethod
+    def first_layer(self, depth: int) -> int:
+        """Return the first layer that forgets, of ``depth``."""
+
+    @abstractmethod
+    def remember(self, hidden: Tensor) -> Tensor:
+        """Say which new tokens stay, bool ``[B]``, given their states ``[B, D]`` at the input of that layer."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ class LogicalLength:
         bias: ``[B, G, P]`` float32, added to the logits of each entry; None = nothing.
         floor: logical length of the last prompt of which entries were evicted or packed; what is below it
             cannot be taken back.
+        holes: whether tokens after the prompt have been forgotten one by one.
         prompts: per row, the book of its last prompt; None where no method acted on it.
+        peers: all layers of the cache.
         history: layers of one cache with the same history have the same books.
     """
 
@@ -88,13 +90,17 @@ class LogicalLength:
     places: Tensor | None
     bias: Tensor | None
     floor: int
+    holes: bool
     prompts: list[PromptBook | None] | None
+    peers: Sequence[LogicalLength]
     announced: Announcement | None
     keys: Tensor | None
     values: Tensor | None
 
     def start_logical(self) -> None:
         """Begin with nothing seen."""
+        if not hasattr(self, "peers"):
+            self.peers = ()
         self.seen = 0
         self.valid = None
         self.slots = None
@@ -107,6 +113,7 @@ class LogicalLength:
         self.places = None
         self.bias = None
         self.floor = 0
+        self.holes = False
         self.prompts = None
         self.announced = None
 
@@ -172,31 +179,50 @@ class LogicalLength:
         """Say length and offset of the keys: stored tokens are right-aligned on the logical axis."""
         return self.stored + query, self.seen - self.stored
 
-    def drop_last(self, tokens: int) -> None:
-        """Undo the last ``tokens`` tokens.
+    def check_drop(self, tokens: int) -> None:
+        """Refuse to undo the last ``tokens`` tokens where that reaches into tokens that were pruned.
 
         Raises:
-            ValueError: if that would reach into tokens that were pruned.
+            ValueError: saying so.
         """
-        if tokens == 0:
-            return
         slots = self.slots
-        reaches = self.seen - tokens < self.floor
-        if (
-            reaches
-            or slots is None
-            or self.stored < tokens
-            or not bool((slots[:, -tokens] == self.seen - tokens).all())
-        ):
+        told = slots is not None and (
+            self.holes or (self.stored >= tokens and bool((slots[:, -tokens] == self.seen - tokens).all()))
+        )
+        if not told or self.seen - tokens < self.floor:
             raise ValueError(
                 f"cannot take back {tokens} tokens: the cache holds a pruned prompt, and only tokens after its last "
                 "dropped token can be taken back; start from a fresh cache instead"
             )
-        for name in ("slots", "valid", "sizes", "heads", "places", "bias"):
-            book = getattr(self, name)
-            if book is not None:
-                setattr(self, name, book[..., :-tokens])
+
+    def drop_last(self, tokens: int) -> None:
+        """Undo the last ``tokens`` tokens in all books, keys and values.
+
+        Raises:
+            ValueError: if this layer or one of its peers cannot; nothing has changed then.
+        """
+        if tokens == 0:
+            return
+        for layer in self.peers or [self]:
+            # Layers are cropped one after another: those that were have counted down already.
+            if layer.seen == self.seen:
+                layer.check_drop(tokens)
+        if self.holes and self.slots is not None:
+            stays = (self.slots < self.seen - tokens)[:, None, :]
+            self.compact(self.real_entries() & stays)
+        else:
+            for name in ("slots", "valid", "sizes", "heads", "places", "bias"):
+                book = getattr(self, name)
+                if book is not None:
+                    setattr(self, name, book[..., :-tokens])
+            self.forget_states(tokens)
         self.seen -= tokens
+
+    def forget_states(self, tokens: int) -> None:
+        """Cut the last ``tokens`` keys and values off."""
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys[..., :-tokens, :]
+            self.values = self.values[..., :-tokens, :]
 
     def select_rows(self, rows: Tensor) -> None:
         """Reorder or choose rows of the batch in every book."""

@@ -68,8 +68,8 @@ def test_decode_steps_equal_the_reference(family: Family, info: mmfast.MethodInf
 
 def acts(wanted: Any, own: Generated, before: Generated, row: int, place: int, info: mmfast.MethodInfo) -> bool:
     """Say whether the method made a difference, so that being equal proves something."""
-    if int(own.tokens[place, 0]) != int(before.tokens[row, 0]) or info.kind == "Retriever":
-        # Which methods read everything of a short prompt is for their own tests.
+    if int(own.tokens[place, 0]) != int(before.tokens[row, 0]) or info.kind in ("Retriever", "Forgetter"):
+        # Which methods read everything of a short prompt, or remember every token, is for their own tests.
         return True
     return bool((own.logits[place, 1] - before.logits[row, 1]).abs().max() > CLOSE)
 
@@ -124,7 +124,13 @@ def test_half_precision_is_finite(family: Family, info: mmfast.MethodInfo, dtype
     assert bool(done.logits.isfinite().all())
 
 
-ENTRIES = {"Adjuster": "adjust", "Retriever": "prepare", "Packer": "pack", "ModelEvictor": "settle"}
+ENTRIES = {
+    "Adjuster": "adjust",
+    "Retriever": "prepare",
+    "Packer": "pack",
+    "ModelEvictor": "settle",
+    "Forgetter": "remember",
+}
 """Kind of method -> what the adapters call; evictors are called themselves."""
 
 

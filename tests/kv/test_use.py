@@ -145,7 +145,9 @@ def test_packed_and_evicted_entries_can_be_taken_back_or_say_why_not(info: mmfas
             refusal = str(error)
     if refusal is None:
         assert cache.get_seq_length() == length - 1
-        assert {index: layer.stored + 1 for index, layer in enumerate(cache.layers)} == before
+        # A token that was never remembered is not stored, and has not to go.
+        assert all(before[index] - layer.stored in (0, 1) for index, layer in enumerate(cache.layers))
+        assert cache.layers[0].stored == before[0] - 1
     else:
         assert "cannot take back 1 token" in refusal
         assert cache.get_seq_length() == length

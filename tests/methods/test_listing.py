@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mmfast
-from mmfast.kv.base import Adjuster, Evictor, Packer, Retriever
+from mmfast.kv.base import Adjuster, Evictor, Forgetter, Packer, Retriever
 from mmfast.token_pruning.base import SIGNALS, BeforeLLM, Method
 from mmfast.token_pruning.encoder_base import GROUPS
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {
     "before_llm": BeforeLLM,
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
-    "eviction": (Evictor, Adjuster),
+    "eviction": (Evictor, Adjuster, Forgetter),
     "retrieval": Retriever,
     "packing": Packer,
 }

@@ -73,3 +73,38 @@ def test_a_count_is_a_count_per_image(plan: str) -> None:
 def test_data_decide_where_keep_is_none() -> None:
     for plan in ("prumerge(keep=None)", "pool2d(keep=4)", "downsample(keep=4)", "dpn(keep=4)"):
         assert mmfast.Plan.parse(plan).keep_counts(16, 8, shape()) is None
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "knorm(keep=0.4)",
+        "snapkv(keep=9)",
+        'keydiff(keep=0.25, entries="visual")',
+        "uniform(keep=0.5) + tova(keep=0.5)",
+        "fastv(keep=0.5) + knorm(keep=0.5)",
+        "pyramidkv(keep=0.5)",
+        "adakv(keep=0.4)",
+        "h2o(keep=0.5)",
+        "streaming_llm(keep=12)",
+    ],
+)
+def test_what_the_cache_holds_is_predicted(plan: str) -> None:
+    """Keys and values alone, on average over the heads."""
+    model, batch = LLAVA.model(), one(LLAVA)
+    visual = sum(len(layout) for media in batch.media[0] for layout in media.layouts)
+    text = len(batch.ids[0]) - visual
+    predicted = mmfast.Plan.parse(plan).keep_counts(visual, text, shape(), bytes_per_value=4)
+    with mmfast.accelerate(model, plan):
+        cache = generate(model, batch.inputs, 1).output.past_key_values
+    held = [int(layer.real_entries().sum()) for layer in cache.layers]
+    values = 2 * 4 * cache.layers[0].keys.shape[-1]
+    assert predicted is not None
+    assert predicted.kv_bytes == sum(held) * values
+
+
+def test_what_cannot_be_known_of_the_cache_is_none() -> None:
+    for plan in ("vl_cache(keep=0.5)", "int8()", "lookm(keep=0.5)", "knorm(keep=0.5) + kivi()"):
+        predicted = mmfast.Plan.parse(plan).keep_counts(16, 8, shape())
+        assert predicted is not None
+        assert predicted.kv_bytes is None

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "kv": {"core", "kernels", "token_pruning"},
     "speculative": {"core", "kernels"},
     "plan": {"core", "token_pruning", "kv", "speculative"},
-    "accelerate": {"core", "plan", "kv", "zoo"},
+    "accelerate": {"core", "plan", "token_pruning", "kv", "zoo"},
     "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
     "training": {"public", "media"},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
-from mmfast.kv.base import Adjuster, Evictor, ModelEvictor, Packer, Retriever
+from mmfast.kv.base import Adjuster, Evictor, Forgetter, ModelEvictor, Packer, Retriever
 from mmfast.kv.entries import Entries, Retained, Rotation, Step, rotate
 from mmfast.plan import Plan
 from mmfast.token_pruning.attention import AttentionView
@@ -105,6 +105,7 @@ class _Run:
         self.evictor: Evictor | None = only(Evictor)
         self.retriever: Retriever | None = only(Retriever)
         self.packer: Packer | None = only(Packer)
+        self.forgetter: Forgetter | None = only(Forgetter)
         self.adjusters = [method for method in plan.methods if isinstance(method, Adjuster)]
         self.length = len(batch.ids[0])
         self.depth = len(self.decoder.layers)
@@ -123,11 +124,18 @@ class _Run:
         self.original = self.file.eager_attention_forward
         self.file.eager_attention_forward = self._attend
         self.handles = [module.register_forward_pre_hook(self._note_tables, with_kwargs=True) for module in modules]
+        if self.forgetter is not None:
+            layer = self.decoder.layers[self.forgetter.first_layer(self.depth)]
+            self.handles.append(layer.register_forward_pre_hook(self._weigh, with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         self.file.eager_attention_forward = self.original
         for handle in self.handles:
             handle.remove()
+
+    def _weigh(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.stays = bool(self.forgetter.remember(hidden[:, -1])[0])
 
     def generate(self, given: list[int]) -> Tensor:
         cache = DynamicCache(config=self.decoder.config)
@@ -188,6 +196,8 @@ class _Run:
             bias = torch.nn.functional.pad(state.bias, (0, added))
             logits = logits + bias.repeat_interleave(group, dim=0)
         weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        if self.forgetter is not None and index >= self.forgetter.first_layer(self.depth):
+            state.kept[:, -1] = self.stays
         if self.evictor is not None and self.evictor.decodes:
             self._step(index, state, query, key, value, added)
         mixed = torch.einsum("hk,hkd->hd", weights, value.repeat_interleave(group, dim=0))

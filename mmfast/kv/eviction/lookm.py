@@ -64,6 +64,10 @@ class LookM(Evictor):
         """Return the attention each entry received, float32 ``[G, n]``."""
         return received(entries, "sum")
 
+    def entry_counts(self, visual: int, text: int, layer: int, depth: int) -> int | None:
+        """Leave it to the data where all text stays: how much of it is recent anyway is not known."""
+        return None if self.text_prior else super().entry_counts(visual, text, layer, depth)
+
     def retain(self, entries: Entries, kept: int) -> Retained:
         """Choose, and merge what goes."""
         mask = self.choose(self.scores(entries), entries.visual, kept)
