@@ -93,28 +93,6 @@ def test_steps_repeat_and_survive_what_is_not_finite(name: str) -> None:
         assert (first is None and second is None) or torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", [*EXACT, *AT_MOST, *CALIBRATED, "recycled_attention"])
-def test_padding_before_the_prompt_changes_nothing(name: str) -> None:
-    entries, keys, query = random_prompt(60)
-    plain = decode(get(name).method(keep=0.25), entries, keys, query, steps=4)
-    padded, _, _ = random_prompt(60)
-    method = get(name).method(keep=0.25)
-    method.prepare(padded)
-    for added, expected in enumerate(plain, start=1):
-        # Larger than any real key, so that reading them would show.
-        stored = torch.cat([torch.full((2, 9, 16), 50.0), keys[:, : 60 + added]], dim=1)
-        real = (torch.arange(69 + added) >= 9).expand(2, -1)
-        new = query[:, 59 + added : 60 + added]
-        step = Step(stored, stored, new, seen=60 + added, added=added, layer=2, real=real, memory=padded.memory)
-        mask = method.choose(step)
-        if expected is None:
-            assert mask is None
-        else:
-            assert mask is not None
-            assert not mask[..., :9].any()
-            assert torch.equal(mask[..., 9:], expected)
-
-
 def test_pages_are_ranked_by_what_their_keys_could_give() -> None:
     # Page 1 holds the largest value of either channel, though no single key holds both.
     keys = torch.tensor([[[2.0, 2.0], [2.0, 2.0], [3.0, 0.0], [0.0, 3.0], [1.0, 1.0], [-9.0, -9.0]]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,11 +34,10 @@ class PromptReader(Retriever):
         """Choose what the new token reads; None = everything."""
         if step.layer < self.dense_layers:
             return None
-        step, padding = without_padding(step)
         total = len(step) - step.added
         kept = self.keep_count(max(1, total))
         mask = None if kept >= total else self.read(step, total, kept)
-        return None if mask is None else functional.pad(functional.pad(mask, (0, step.added), value=True), (padding, 0))
+        return None if mask is None else functional.pad(mask, (0, step.added), value=True)
 
     def study(self, entries: Entries, kept: int) -> None:
         """Write what :meth:`read` needs into ``entries.memory``; 1 <= kept < len(entries)."""
@@ -90,26 +89,6 @@ class Quest(PromptReader):
             lowest, highest = page_bounds(step.keys[:, :total], self.page_size)
         bounds = by_group(upper_bounds(step.query[:, 0], lowest, highest), step.heads, "max")
         return best_pages(bounds, max(self.min_pages, kept // self.page_size), self.page_size, total)
-
-
-def without_padding(step: Step) -> tuple[Step, int]:
-    """Cut off the first entries of a step that exist in no head, so that the others lie as in the prompt.
-
-    Returns:
-        The step, and how many entries went.
-
-    Example:
-        >>> keys, real = torch.zeros(1, 3, 2), torch.tensor([[False, True, True]])
-        >>> step, padding = without_padding(Step(keys, keys, keys[:, :1], seen=2, real=real))
-        >>> len(step), padding, step.real
-        (2, 1, None)
-    """
-    if step.real is None:
-        return step, 0
-    padding = int(step.real.any(dim=0).int().argmax())
-    real = step.real[:, padding:]
-    rest = None if bool(real.all()) else real
-    return replace(step, keys=step.keys[:, padding:], values=step.values[:, padding:], real=rest), padding
 
 
 def page_bounds(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mmfast.kv.base import Retriever, top_mask
 from mmfast.kv.entries import Step
-from mmfast.kv.retrieval.quest import by_group, check_count, without_padding
+from mmfast.kv.retrieval.quest import by_group, check_count
 from mmfast.kv.retrieval.token_select import check_cosine
 from mmfast.registry import register
 
@@ -47,7 +47,6 @@ class RecycledAttention(Retriever):
         """Return what is read ``[G, P]``; None in full steps."""
         if step.layer < self.dense_layers:
             return None
-        step, padding = without_padding(step)
         query = step.query[:, 0].float()
         if self._is_full(step, query):
             attention = torch.nan_to_num(by_group(step.probabilities(), step.heads, "mean"))
@@ -56,7 +55,7 @@ class RecycledAttention(Retriever):
         carried = step.memory["carried"]
         mask = functional.pad(carried, (0, len(step) - carried.shape[-1]), value=True)
         mask[:, max(0, len(step) - self.recent) :] = True
-        return functional.pad(mask, (padding, 0))
+        return mask
 
     def _is_full(self, step: Step, query: Tensor) -> bool:
         carried = step.memory.get("carried")
