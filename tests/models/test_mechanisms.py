@@ -137,8 +137,9 @@ def test_calibration_is_refused_where_it_cannot_hold() -> None:
             mmfast.accelerate(FAMILIES[name].model(), "weighty()")
         # Where possible is not here.
         mmfast.accelerate(FAMILIES[name].model(), "weighty(calibrate=None)").remove()
-    with pytest.raises(ValueError, match="no method inside the language model beside it"):
-        mmfast.accelerate(FAMILIES["llava"].model(), "weighty() + cut()")
+    for beside in ("cut()", "knorm(keep=0.5)"):
+        with pytest.raises(ValueError, match="no method inside the language model or its cache beside it"):
+            mmfast.accelerate(FAMILIES["llava"].model(), f"weighty() + {beside}")
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
