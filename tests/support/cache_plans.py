@@ -20,6 +20,7 @@ OPTIONS = {
     "rekv": "keep=0.4, dense_layers=0",
     "sentence_kv": "keep=0.4, dense_layers=0, first=2, local=2, sentence=4, window=4",
     "shadowkv": "keep=0.4, dense_layers=0, chunk_size=3, outlier_chunks=2, local_chunks=1",
+    "spec_kv": "keep=0.4, lookahead=2, window=4",
     "squeezed_attention": "keep=0.4, dense_layers=0, clusters=0.3, observation=8",
     "token_select": "keep=0.4, dense_layers=0, first=2, local=4",
     "vasparse": "keep=0.4, dense_layers=0",
