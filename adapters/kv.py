@@ -317,12 +317,15 @@ class CacheRunner:
             attending = attending.masked_fill(~capture.real[row].cpu(), -1)
         queries = len(attending)
         stored = capture.key.shape[2]
+        order = _order(attending, own)
+        if inner.cache.layers[run.index].stored != stored:
+            # The cache was cut since the layer ran: what is left is found where it was then.
+            return capture.view(row, order)
         past = torch.arange(stored)[inner.cache.layers[run.index].real_entries()[row].any(dim=0).cpu()[:stored]]
         # Drafted tokens come after the prompt and are no past of it.
         past = past[past < places[0]]
         if queries == len(own) and stored == len(own) and not len(past):
             return capture.view(row, None)
-        order = _order(attending, own)
         if bool((order >= 0).all()):
             return capture.view(row, order, past)
         return _with_silent(capture, row, order, places, past)

@@ -33,7 +33,9 @@ def _works_with(info: mmfast.MethodInfo) -> str:
     served = [
         name
         for name, adapter in every.items()
-        if set(info.needs) <= adapter.signals and not (info.stage == "in_llm" and adapter.no_layer_drops)
+        if set(info.needs) <= adapter.signals
+        and not (info.stage == "in_llm" and adapter.no_layer_drops)
+        and (adapter.can_compact or not getattr(info.method, "compacts", False))
     ]
     missing = [name for name in every if name not in served]
     if not missing:

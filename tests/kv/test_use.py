@@ -14,6 +14,7 @@ from support.cached import remembered
 from support.cases import case_id, one
 from support.checks import CLOSE, FAR, generate
 from support.families import FAMILIES, Batch, Family
+from support.flash import FLASH, flash_on_cpu
 from support.prompts import IMAGE, VOCABULARY, text
 
 STEPS = 4
@@ -176,7 +177,13 @@ def test_with_every_method_before(info: mmfast.MethodInfo, kept: str) -> None:
     assert report.kv_bytes < before.kv_bytes
 
 
-FIRST = ["divprune(keep=0.6)", "fastv(keep=0.6)", "pyramiddrop(keep=0.6)", "shortv(keep=0.6)"]
+FIRST = [
+    "divprune(keep=0.6)",
+    "fastv(keep=0.6)",
+    "mustdrop(keep=0.6, truncate_cache=True)",
+    "p_mod(keep=0.6)",
+    "saisa()",
+]
 
 
 @pytest.mark.parametrize("info", METHODS, ids=case_id)
@@ -211,3 +218,22 @@ def test_a_second_image_is_shortened_for_itself() -> None:
     assert torch.equal(layer.keys[:, :, : before.shape[2]], before)
     assert layer.stored == before.shape[2] + int(0.4 * (length + 1)) + 1
     assert (done.logits[0, 0] - answer.logits[0, 0]).abs().max() > FAR
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize(
+    "plan", ["snapkv(keep=0.4, window=4)", "lookm(keep=0.4)", "h2o(keep=0.4)", "fastv(keep=0.6) + calibquant()"]
+)
+def test_with_the_masks_of_flash_attention(name: str, plan: str) -> None:
+    family = FAMILIES[name]
+    batch = turn(family)
+    with mmfast.accelerate(family.model(), plan):
+        wanted = generate(family.model(), batch.inputs, STEPS)
+    with flash_on_cpu():
+        model = family.model(FLASH)
+        with mmfast.accelerate(model, plan):
+            done = generate(model, batch.inputs, STEPS)
+        for refused in ("razor_attention(keep=0.4)", "quest(keep=0.4)"):
+            with pytest.raises(ValueError, match="has no mask for"):
+                mmfast.accelerate(model, refused)
+    assert (done.logits - wanted.logits).abs().max() < CLOSE
