@@ -131,10 +131,7 @@ class PackedLayer(LogicalLayer):
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
-        if states is None:
-            self._rows = []
-        else:
-            raise ValueError("entries of a packed cache cannot be replaced; start from a fresh cache instead")
+        self._replace("key", states)
 
     @property
     def values(self) -> Tensor | None:
@@ -143,7 +140,17 @@ class PackedLayer(LogicalLayer):
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
-        self.keys = states
+        self._replace("value", states)
+
+    def _replace(self, side: Literal["key", "value"], states: Tensor | None) -> None:
+        """Take over changed states where they are loose; what is packed must be what it was."""
+        if states is None:
+            self._rows = []
+            return
+        for row, columns in enumerate(self._columns(len(self._rows))):
+            own = self._rows[row][side]
+            packed = columns.numel() - own.loose.shape[1]
+            own.loose = states[row][:, columns[packed:].to(states.device)].clone()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values, return everything, and pack what is due."""
@@ -231,16 +238,29 @@ class PackedLayer(LogicalLayer):
             for side in row.values():
                 side.loose = side.loose[:, : side.loose.shape[1] - count].clone()
 
-    def compact(self, keep: Tensor) -> None:
-        """Refuse: what is packed cannot be thinned out.
+    def gather_states(self, order: Tensor, real: Tensor) -> None:
+        """Thin out what is loose; what is packed stays as it is.
 
         Raises:
-            ValueError: always.
+            ValueError: if something packed would have to go.
         """
-        raise ValueError(
-            "a packed cache cannot lose entries while tokens are generated; use a method that packs without one that "
-            "evicts at every step"
-        )
+        found = []
+        for row, before in enumerate(self._columns(order.shape[0])):
+            rank = torch.full((self.stored,), -1)
+            rank[before] = torch.arange(before.numel())
+            source = rank[order[row].cpu()[:, real[row].cpu()]]
+            for side in _SIDES:
+                own = self._rows[row][side]
+                packed = before.numel() - own.loose.shape[1]
+                if not bool((source[:, :packed] == torch.arange(packed)).all()):
+                    raise ValueError(
+                        "a packed cache cannot lose entries that have been packed, nor gain heads of different "
+                        "length; evict with a method that treats all heads alike, or start from a fresh cache"
+                    )
+                chosen = (source[:, packed:] - packed).to(own.loose.device)[..., None]
+                found.append((own, own.loose.gather(1, chosen.expand(-1, -1, own.loose.shape[-1]))))
+        for own, loose in found:
+            own.loose = loose
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

@@ -305,16 +305,14 @@ class LogicalLength:
         # What stays moves to the right, in order; rows and heads with less are filled up on the left.
         order = keep.to(torch.int8).sort(dim=-1, stable=True).indices[..., stored - longest :]
         real = keep.gather(-1, order)
-        for name in ("keys", "values"):
-            states = getattr(self, name)
-            setattr(self, name, states.gather(2, order[..., None].expand(-1, -1, -1, states.shape[-1])))
+        some = real.any(dim=1)
+        self.gather_states(order, some)
         if not alike or self.places is not None:
             places = self.slots[:, None].expand(-1, heads, -1).to(torch.int32) if self.places is None else self.places
             self.places = places.gather(-1, order)
         self.bias = None if self.bias is None else self.bias.gather(-1, order)
         ragged = not bool((counts == counts[:, :1]).all())
         self.heads = real if ragged else None
-        some = real.any(dim=1)
         self.valid = None if bool(some.all()) else some
         # Where heads differ the first that has an entry stands for all: its own places are in ``places``.
         first = order.gather(1, real.to(torch.int8).argmax(dim=1, keepdim=True))[:, 0]
@@ -322,6 +320,17 @@ class LogicalLength:
         self.sizes = None if self.sizes is None else self.sizes.gather(1, first)
         own = hash(tuple(counts.flatten().tolist())) if self.valid is not None or ragged else longest
         self.history = hash((self.history, own, -3))
+
+    def gather_states(self, order: Tensor, real: Tensor) -> None:
+        """Move keys and values to where they stand from now on; the books still say how they stood.
+
+        Args:
+            order: ``[B, G, K]`` int64, where each comes from.
+            real: ``[B, K]`` bool, which of them exist in any head.
+        """
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            setattr(self, name, states.gather(2, order[..., None].expand(-1, -1, -1, states.shape[-1])))
 
     def narrow(self, places: Tensor, real: Tensor | None) -> None:
         """Keep some stored tokens and forget the others; the logical length stays.

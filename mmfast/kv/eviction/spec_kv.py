@@ -107,7 +107,8 @@ class SpecKV(Evictor):
             [[0.6000000238418579, 0.8999999761581421]]
         """
         grouped = rows.float().unflatten(0, (heads, -1))
-        return grouped.amax(dim=(1, 2)) if self.reduce == "max" else grouped.mean(dim=1).sum(dim=1)
+        reduced: Tensor = grouped.amax(dim=(1, 2)) if self.reduce == "max" else grouped.mean(dim=1).sum(dim=1)
+        return reduced
 
     def score(self, received: Tensor, window: int) -> Tensor:
         """Smooth what stands before the window over its neighbours and force the window, ``[G, n]``."""
