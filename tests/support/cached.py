@@ -174,9 +174,15 @@ class _Run:
         if not self.decided:
             self.decided = True
             self._decide()
-        return self._decode(index, query[0], key[0].clone(), value[0].clone()), None
+        kwargs = {name: value for name, value in kwargs.items() if name != "attention_mask"}
 
-    def _decode(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+            # The family's own function: what is quantised must be equal to the last bit.
+            return self.original(module, query[None], key[None], value[None], mask, **kwargs)[0]
+
+        return self._decode(index, query[0], key[0].clone(), value[0].clone(), attend), None
+
+    def _decode(self, index: int, query: Tensor, key: Tensor, value: Tensor, attend: Any) -> Tensor:
         state = self.layers[index]
         added = key.shape[1] - self.length
         state.kept = torch.cat([state.kept, torch.ones_like(state.kept[:, :1])], dim=-1)
@@ -190,20 +196,17 @@ class _Run:
         visible = state.kept.repeat_interleave(group, dim=0)
         if self.retriever is not None and index >= self.retriever.dense_layers:
             visible = visible & self._chosen(index, state, query, key, value, added)
-        view = AttentionView(query, key, value, self.scaling, self.softcap)
-        logits = view.logits(torch.zeros(1, dtype=torch.int64), masked=False)[:, 0]
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         if state.bias is not None:
-            bias = torch.nn.functional.pad(state.bias, (0, added))
-            logits = logits + bias.repeat_interleave(group, dim=0)
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+            mask += torch.nn.functional.pad(state.bias, (0, added)).repeat_interleave(group, dim=0)
+        mixed = attend(query, key, value, mask[None, :, None])
         if self.forgetter is not None and index >= self.forgetter.first_layer(self.depth):
             state.kept[:, -1] = self.stays
         if self.evictor is not None and self.evictor.decodes:
             self._step(index, state, query, key, value, added)
-        mixed = torch.einsum("hk,hkd->hd", weights, value.repeat_interleave(group, dim=0))
         if self.packer is not None:
             self._pack_due(state, key, value)
-        return mixed[None, None].to(query.dtype)
+        return mixed
 
     def _chosen(self, index: int, state: LayerState, query: Tensor, key: Tensor, value: Tensor, added: int) -> Tensor:
         stored, gathered = self._stored(state, key, value)
