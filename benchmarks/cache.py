@@ -10,7 +10,8 @@ picture, asked on the compressed cache, every token of which reads that cache. T
 trained on second turns: after an answer of its own it scores 0.49 over all families. So the second question
 follows the first one directly, without its answer, and comes from the families that the untouched model still
 answers there (color, shape, where). Methods that read a part of the cache in each decode step read all of it
-when several tokens come at once; they get the second question token by token. Adjusters run on top of snapkv.
+when several tokens come at once; they, and spec_kv, which evicts after the first such token, get the second
+question token by token. ``kv_share`` is taken when the prompt has been read. Adjusters run on top of snapkv.
 
 **memory**: bytes at ``keep=0.2``, and of packers, after 12,544 visual tokens in bfloat16. ``held`` counts every
 tensor that can be reached from the cache, books and all, found by walking through its objects; ``share`` is what
@@ -30,10 +31,12 @@ import copy
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accuracy import half_width
@@ -52,9 +55,11 @@ PARTS = ("accuracy", "memory", "speed")
 KEEPS = (0.5, 0.2, 0.1)
 SECOND_FAMILIES = ("color", "shape", "where")
 LONG_SIDE, TEXT_TOKENS = 112, 64
+PREFILLS = 3
 BASE = "snapkv(keep={keep}, window=8)"
 OPTIONS = {
     "snapkv": "window=8",
+    "spec_kv": "lookahead=1, window=8",
     "adakv": 'scorer="snapkv(window=8)"',
     "critical_kv": 'scorer="snapkv(window=8)"',
     "pyramidkv": 'scorer="snapkv(window=8)"',
@@ -99,8 +104,15 @@ def settings(info: mmfast.MethodInfo) -> dict[str, str]:
         return {label: f"{info.name}({text})" for label, text in options.items()}
     if info.kind == "Adjuster":
         return {f"keep={keep}": f"{BASE.format(keep=keep)} + {info.name}()" for keep in KEEPS}
+    if "keep" not in info.options:
+        return {"default": f"{info.name}()"}
     more = f", {OPTIONS[info.name]}" if info.name in OPTIONS else ""
     return {f"keep={keep}": f"{info.name}(keep={keep}{more})" for keep in KEEPS}
+
+
+def in_steps(info: mmfast.MethodInfo) -> bool:
+    """Say whether a method acts in decode steps so that a question has to come token by token to meet it."""
+    return info.kind == "Retriever" or info.name == "spec_kv"
 
 
 def long_settings(info: mmfast.MethodInfo) -> dict[str, str]:
@@ -109,7 +121,10 @@ def long_settings(info: mmfast.MethodInfo) -> dict[str, str]:
         return {text or "default": f"{info.name}({text})" for text in LONG_PACKERS.get(info.name, ("",))}
     if info.kind == "Adjuster":
         return {"keep=0.2": f"snapkv(keep=0.2) + {info.name}()"}
-    return {"keep=0.2": f"{info.name}(keep=0.2)"}
+    if "keep" not in info.options:
+        return {"default": f"{info.name}({'layer=1' if 'layer' in info.options else ''})"}
+    # By default the first two layers are not retrieved from, which here are all.
+    return {"keep=0.2": f"{info.name}(keep=0.2{', dense_layers=0' if info.kind == 'Retriever' else ''})"}
 
 
 # -------------------------------------------------------------------------- accuracy
@@ -163,6 +178,24 @@ def _turn(processor: Any, question: str) -> list[int]:
     text = text.removeprefix(processor.tokenizer.bos_token)
     ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+@contextmanager
+def counted_reads(info: mmfast.MethodInfo) -> Iterator[list[float]]:
+    """Collect the share of the stored entries that each decode step reads in each layer."""
+    shares: list[float] = []
+    if info.kind != "Retriever":
+        yield shares
+        return
+    choose = info.method.choose  # type: ignore[attr-defined]
+
+    def counted(self: Any, step: Any) -> Tensor | None:
+        picked: Tensor | None = choose(self, step)
+        shares.append(1.0 if picked is None else float(picked.float().mean()))
+        return picked
+
+    with patch.object(info.method, "choose", counted):
+        yield shares
 
 
 @torch.inference_mode()
@@ -244,7 +277,8 @@ def accuracy_part(content: dict[str, Any], listed: list[mmfast.MethodInfo], opti
             if label in cells and cells[label]["plan"] == plan and "refused" not in cells[label]:
                 continue
             try:
-                found = answers(model, processor, made, plan, stepwise=info.kind == "Retriever")
+                with counted_reads(info) as reads:
+                    found = answers(model, processor, made, plan, stepwise=in_steps(info))
             except Exception as error:
                 cells[label] = {"plan": plan, "refused": f"{type(error).__name__}: {error}"}
             else:
@@ -255,8 +289,8 @@ def accuracy_part(content: dict[str, Any], listed: list[mmfast.MethodInfo], opti
                     "second_question": _share(found["right"]["second"]),
                     "agreement": sum(same) / len(same),
                     "kv_share": found["kv_bytes"] / full["kv_bytes"],
-                    # The whole cache stays; a step may read as much as this of it.
-                    **({"read_share": float(label.removeprefix("keep="))} if info.kind == "Retriever" else {}),
+                    # What retrieves keeps the whole cache, and reads this much of it in a step.
+                    **({"read_share": sum(reads) / len(reads)} if reads else {}),
                 }
             save(content, options.out)
 
@@ -325,7 +359,7 @@ def held_bytes(cache: Any) -> int:
 @torch.inference_mode()
 def memory_part(content: dict[str, Any], listed: list[mmfast.MethodInfo], options: argparse.Namespace) -> None:
     """Count the bytes that every method leaves of a long prompt."""
-    model = long_model(torch.bfloat16, layers=2, width=256)
+    model = long_model(torch.bfloat16, layers=2, width=512)
     inputs = long_prompt(model)
     own = content.setdefault("memory", {"methods": {}})
     own["setting"] = _described(model)
@@ -358,57 +392,49 @@ def speed_part(content: dict[str, Any], options: argparse.Namespace) -> None:
     inputs = long_prompt(model)
     own = content.setdefault("speed", {"plans": {}})
     own.update(setting=_described(model), repeats=options.repeats)
-    device, token = model.device, torch.full((1, 1), 5)
-    pixels = inputs["pixel_values"]
-
-    def prefilled() -> Any:
-        return model(**inputs, use_cache=True, logits_to_keep=1)
-
-    for plan in track(
-        [f"{name}(keep={keep})" for name in ("snapkv", "knorm") for keep in KEEPS], description="speed", transient=True
-    ):
-        if plan in own["plans"]:
-            continue
+    plans = [f"{name}(keep={keep})" for name in ("snapkv", "knorm") for keep in KEEPS]
+    for plan in track([plan for plan in plans if plan not in own["plans"]], description="speed", transient=True):
         with mmfast.accelerate(model, plan) as fast:
-            vision = cost(lambda: model.model.get_image_features(pixels), device)
-            selecting, prefills, caches = [], [], []
-
-            def untouched(fast: mmfast.Accelerated = fast, caches: list[Any] = caches) -> None:
-                with fast.suspended():
-                    caches.append(prefilled().past_key_values)
-
-            def compressed(
-                fast: mmfast.Accelerated = fast, caches: list[Any] = caches, selecting: list[float] = selecting
-            ) -> None:
-                caches.append(prefilled().past_key_values)
-                selecting.append(fast.report().seconds["selection"])
-
-            prefills = [(cost(untouched, device), cost(compressed, device)) for _ in range(2)][1:]
-            full, small = caches[-2:]
-            del caches[:]
-
-            def step(cache: Any) -> None:
-                model(input_ids=token, past_key_values=cache)
-
-            def full_step(fast: mmfast.Accelerated = fast, cache: Any = full) -> None:
-                with fast.suspended():
-                    step(cache)
-
-            pairs = in_turn(full_step, lambda cache=small: step(cache), options.repeats, device)
-            plain, kept = middle(one for one, _ in pairs), middle(two for _, two in pairs)
-            time_saved = 1 - middle(two / one for one, two in pairs)
-            bytes_saved = 1 - held_bytes(small) / held_bytes(full)
-            own["plans"][plan] = {
-                "full_step_ms": 1e3 * plain,
-                "step_ms": 1e3 * kept,
-                "time_saved": time_saved,
-                "bytes_saved": bytes_saved,
-                "time_per_bytes": time_saved / bytes_saved,
-                "prefill_s": prefills[0][0] - vision,
-                "compression_share": selecting[-1] / (prefills[0][0] - vision),
-                "prefill_ratio": prefills[0][1] / prefills[0][0],
-            }
+            own["plans"][plan] = _timed(model, inputs, fast, options.repeats)
         save(content, options.out)
+
+
+def _timed(model: Any, inputs: dict[str, Tensor], fast: mmfast.Accelerated, repeats: int) -> dict[str, float]:
+    """Time prefill and decode steps of a plan, in turn with the untouched model."""
+    caches: dict[str, Any] = {}
+    selecting: list[float] = []
+    token = torch.full((1, 1), 5)
+
+    def prefill(which: str) -> None:
+        caches[which] = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+    def step(which: str) -> None:
+        model(input_ids=token, past_key_values=caches[which])
+
+    def untouched(run: Callable[[str], None]) -> None:
+        with fast.suspended():
+            run("full")
+
+    def compressed() -> None:
+        prefill("small")
+        selecting.append(fast.report().seconds["selection"])
+
+    vision = min(cost(lambda: model.model.get_image_features(inputs["pixel_values"]), model.device) for _ in range(2))
+    prefills = in_turn(lambda: untouched(prefill), compressed, PREFILLS, model.device)
+    steps = in_turn(lambda: untouched(step), lambda: step("small"), repeats, model.device)
+    whole = middle(full for full, _ in prefills) - vision
+    time_saved = 1 - middle(small / full for full, small in steps)
+    bytes_saved = 1 - held_bytes(caches["small"]) / held_bytes(caches["full"])
+    return {
+        "full_step_ms": 1e3 * middle(full for full, _ in steps),
+        "step_ms": 1e3 * middle(small for _, small in steps),
+        "time_saved": time_saved,
+        "bytes_saved": bytes_saved,
+        "time_per_bytes": time_saved / bytes_saved,
+        "prefill_s": whole,
+        "compression_share": middle(selecting[1:]) / whole,
+        "prefill_ratio": middle((small - vision) / (full - vision) for full, small in prefills),
+    }
 
 
 # -------------------------------------------------------------------------- results
