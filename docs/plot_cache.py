@@ -1,4 +1,4 @@
-"""Draw what a compressed cache still answers, one panel per method, from the newest committed results.
+"""Draw accuracy against bytes of the cache, one panel per method, from the newest committed results.
 
 python docs/plot_cache.py    # writes docs/images/cache.svg; needs the extra 'eval'
 """
@@ -13,66 +13,79 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parents[1]
+
 RESULTS = ROOT / "benchmarks" / "results"
 OUT = ROOT / "docs" / "images" / "cache.svg"
 PER_ROW = 8
-OWN, FIRST, BASE = "#0b6e99", "#e08e0b", "#b0b0b0"
-BASELINE = "streaming_llm"
+FIRST, SECOND, BASELINE = "#8fbfd6", "#0b6e99", "#b0b0b0"
+LEAST = 0.06
 
 
-def curve(cells: dict[str, Any], which: str) -> tuple[list[float], list[float], list[float]]:
-    """Return shares of the bytes, of right answers, and their half widths, by bytes."""
+def curve(cells: dict[str, Any], figure: str) -> tuple[list[float], list[float], list[float]]:
+    """Return shares of the cache, accuracies and half widths, by share; where parts are read, by what is read."""
     points = sorted(
-        (own["kv_share"], own[which]["share"], own[which]["half_width"])
+        (own.get("read_share", own["kv_share"]), own[figure]["share"], own[figure]["half_width"])
         for own in cells.values()
         if "refused" not in own
     )
-    held, right, widths = zip(*points, strict=True) if points else ((), (), ())
-    return list(held), list(right), list(widths)
+    places, shares, widths = zip(*points, strict=True) if points else ((), (), ())
+    return list(places), list(shares), list(widths)
 
 
 def draw(content: dict[str, Any]) -> plt.Figure:
-    """Draw the second question (and the first, fainter) of every method beside keeping the ends only."""
-    own = content["accuracy"]
-    shown = {name: cells for name, cells in own["methods"].items() if curve(cells, "second_question")[0]}
+    """Draw every method beside StreamingLLM, which looks at nothing but places."""
+    own, kinds = content["accuracy"], content["kinds"]
+    # Kinds side by side: what the horizontal axis means differs between them.
+    order = ("Evictor", "CacheScorer", "ModelEvictor", "Adjuster", "Packer", "Retriever")
+    shown = [name for name, cells in own["methods"].items() if kinds[name] in order and curve(cells, "accuracy")[0]]
+    shown.sort(key=lambda name: (max(2, order.index(kinds[name])), name))
     rows = -(-len(shown) // PER_ROW)
     figure, panels = plt.subplots(
         rows, PER_ROW, figsize=(2.0 * PER_ROW, 1.75 * rows), sharex=True, sharey=True, squeeze=False
     )
-    for panel, (name, cells) in zip(panels.flat, shown.items(), strict=False):
+    baseline = own["methods"]["streaming_llm"]
+    for panel, name in zip(panels.flat, shown, strict=False):
+        cells = own["methods"][name]
         panel.axhline(own["full"]["second_question"]["share"], color="black", linewidth=0.6, linestyle=":")
-        for source, which, color, width in (
-            (own["methods"][BASELINE], "second_question", BASE, 1.0),
-            (cells, "accuracy", FIRST, 1.0),
-            (cells, "second_question", OWN, 1.6),
-        ):
-            held, right, widths = curve(source, which)
-            panel.errorbar(held, right, yerr=widths, color=color, linewidth=width, marker="o", markersize=2.5)
-        panel.set_xlim(0, 1.6)
-        panel.set_ylim(0, 1.02)
-        panel.set_title(name, fontsize=8)
+        drawn = ((baseline, "second_question", BASELINE, 1.0), (cells, "accuracy", FIRST, 1.2))
+        for which, what, color, width in (*drawn, (cells, "second_question", SECOND, 1.6)):
+            places, shares, widths = curve(which, what)
+            panel.errorbar(places, shares, yerr=widths, color=color, linewidth=width, marker="o", markersize=2.5)
+        panel.set_xscale("log", base=2)
+        panel.set_xlim(LEAST, 1.15)
+        panel.set_ylim(0, 1.03)
+        panel.set_xticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
+        panel.minorticks_off()
+        kind = kinds[name].lower()
+        panel.set_title(f"{name} ({kind})" if kind in ("packer", "retriever", "adjuster") else name, fontsize=7.5)
         panel.tick_params(labelsize=6)
         panel.grid(alpha=0.25, linewidth=0.4)
     for panel in list(panels.flat)[len(shown) :]:
         panel.axis("off")
-    figure.supxlabel("key/value bytes, share of the untouched cache (what retrieves keeps all of it)", fontsize=9)
-    figure.supylabel("exact match", fontsize=9)
-    figure.suptitle(
-        "Second question on the compressed cache (blue), first question (orange), streaming_llm's second (grey), "
-        "untouched (dotted)",
+    figure.supxlabel(
+        "bytes of the cache after the prompt, of the untouched model's (retrievers: entries that a step reads)",
         fontsize=9,
     )
-    figure.tight_layout(rect=(0.02, 0.01, 1, 1))
+    figure.supylabel("exact match", fontsize=9)
+    figure.suptitle(
+        "Accuracy of the demo model against the size of the cache. Dark blue: a second question, asked on the compressed "
+        "cache. Light blue: the question in the prompt.\nGrey: streaming_llm's second question. Dotted: the untouched "
+        f"model's. Bars: 95 % intervals, {own['full']['accuracy']['answers']} and "
+        f"{own['full']['second_question']['answers']} questions.",
+        fontsize=9,
+    )
+    figure.tight_layout(rect=(0.01, 0.01, 1, 0.98))
     return figure
 
 
 def main() -> None:
     """Write the picture."""
     matplotlib.use("svg")
-    # The same picture for the same results: no date, no random ids.
+    newest = sorted(RESULTS.glob("cache-*.json"))[-1]
+    # Without a fixed salt the ids inside the file differ from run to run.
     matplotlib.rcParams["svg.hashsalt"] = "mmfast"
-    content = json.loads(sorted(RESULTS.glob("cache-*.json"))[-1].read_text())
-    draw(content).savefig(OUT, metadata={"Date": None})
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    draw(json.loads(newest.read_text())).savefig(OUT, metadata={"Date": None})
 
 
 if __name__ == "__main__":
