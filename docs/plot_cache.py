@@ -68,8 +68,9 @@ def draw(content: dict[str, Any]) -> plt.Figure:
     )
     figure.supylabel("exact match", fontsize=9)
     figure.suptitle(
-        "Accuracy of the demo model against the size of the cache. Dark blue: a second question, asked on the compressed "
-        "cache. Light blue: the question in the prompt.\nGrey: streaming_llm's second question. Dotted: the untouched "
+        "Accuracy of the demo model against the size of the cache. Dark blue: a second question, asked on the "
+        "compressed cache. Light blue: the question in the prompt.\nGrey: streaming_llm's second question. Dotted: "
+        "the untouched "
         f"model's. Bars: 95 % intervals, {own['full']['accuracy']['answers']} and "
         f"{own['full']['second_question']['answers']} questions.",
         fontsize=9,
