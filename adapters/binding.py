@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,34 +17,33 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
-from mmfast.adapters.cache import adopt, is_logical, reference_layer, refuse_unsupported
-from mmfast.adapters.call import Inner, Level, Outer, Prompt, compact_positions, stretched
-from mmfast.adapters.clip import ClipReader, ClipTower, check_clip, clip_signals
-from mmfast.adapters.encoder import add_groups, settled
+from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
+from mmfast.adapters.call import Block, Inner, Level, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.clip import ClipReader, ClipTower, check_clip
+from mmfast.adapters.drafting import DraftingRunner
+from mmfast.adapters.encoder import settled
+from mmfast.adapters.features import FeatureWatch
 from mmfast.adapters.kv import CacheRunner
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.mask_rules import rewritten
-from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack
+from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack, tree_mask
 from mmfast.adapters.media import (
-    FEATURE_KEYS,
     feature_source,
-    items_of,
     modalities,
     placeholder_masks,
     segments,
-    tag,
     tagged,
 )
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
 from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
-from mmfast.adapters.resizing import shrinker
+from mmfast.adapters.static import fit_masks, readable_mask, refuse_packing, settle, take_over, watch_generate
 from mmfast.adapters.turns import Turns
-from mmfast.adapters.vision import VisionReader
 from mmfast.kv.base import CacheMethod
 from mmfast.plan import Plan
 from mmfast.report import Report
+from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import BeforeLLM
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
@@ -55,6 +53,16 @@ _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
 
 # Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
 _CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
+
+class Listener(Protocol):
+    """Who wants to know what enters the decoder, and what leaves it."""
+
+    def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
+        """Note the arguments of the decoder."""
+
+    def left(self, inner: Inner, output: Any) -> None:
+        """Note its output, before it is stretched to the length of the prompt."""
 
 
 class Binding:
@@ -94,14 +102,16 @@ class Binding:
         self.ledger = Ledger()
         self.outer: Outer | None = None
         self.inner: Inner | None = None
+        self.block: Block | None = None
+        self.listener: Listener | None = None
         self._prompt: Prompt | None = None
-        self._encoding = False
         self._drafted = 0
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
         self.recorder = Recorder(adapter, plan)
         self.turns = Turns(adapter, self.recorder) if reselect and plan.reads_question else None
         refuse_impossible(adapter, plan)
         self.calibrates = calibrates(adapter, plan)
+        self.features = FeatureWatch(adapter, plan, self.before, self.recorder, self.turns, lambda: self.outer)
         running = active_on(adapter.model)
         if running is not None:
             if not replace:
@@ -118,6 +128,8 @@ class Binding:
         cuts = self.dropper is not None and bool(self.dropper.truncations(adapter.shape.layers))
         kept = tuple(method for method in plan.at("cache") if isinstance(method, CacheMethod))
         self.kv = CacheRunner(adapter, kept, self.recorder, late=cuts)
+        drafter: Drafter | None = only(plan, "decode", Drafter)
+        self.drafting = None if drafter is None else DraftingRunner(self, drafter)
         try:
             self._attach()
         except BaseException:
@@ -152,7 +164,7 @@ class Binding:
             name = f"get_{modality}_features"
             original = getattr(base, name, None)
             if original is not None:
-                self.ledger.set_attribute(base, name, self._watch_features(modality, original))
+                self.ledger.set_attribute(base, name, self.features.watched(modality, original))
         self.ledger.hook(model.register_forward_pre_hook(self._before_call, with_kwargs=True))
         self.ledger.hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self.ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
@@ -161,8 +173,11 @@ class Binding:
         if self._reads_attention:
             implementation = self.adapter.text_config._attn_implementation
             register_tap(implementation, self.ledger)
+        if self.drafting is not None:
+            self.drafting.attach(self.ledger)
         if self.turns is not None:
             self.turns.attach(self.ledger)
+        watch_generate(model, self.ledger)
         self._forget_compiled()
         self.ledger.enter(self._forget_compiled)
 
@@ -185,53 +200,6 @@ class Binding:
             if "torch._dynamo" in sys.modules:
                 sys.modules["torch._dynamo"].reset()
 
-    # ---------------------------------------------------------------- features
-
-    def _watch_features(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Note the layout of every image and video the model encodes."""
-        signature = inspect.signature(original)
-        reader = VisionReader(self.adapter, modality, self.plan.methods, clip_signals(self.plan))
-        shrinking = shrinker(self.adapter, modality, self.before)
-
-        @wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._encoding:
-                # One entry may call the other, as Qwen3-VL's for videos: the outer one knows what it encodes.
-                return original(*args, **kwargs)
-            arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-            arguments.update(arguments.pop("kwargs", {}))
-            pixels = next((arguments[name] for name in FEATURE_KEYS if arguments.get(name) is not None), None)
-            known = None if self.turns is None else self.turns.encoded(modality, pixels)
-            if known is not None:
-                if self.outer is not None:
-                    self.outer.layouts[modality] = tagged(known) or []
-                return known
-            begin = self.recorder.watch.mark()
-            self._encoding = True
-            try:
-                # In this order: what is read of a block is what it gave before anything is merged.
-                with reader.reading(arguments) as reading, shrinking.at_work(arguments) as shrunk:
-                    output = original(*args, **kwargs)
-                    reading.expand = shrunk.expand
-            finally:
-                self._encoding = False
-            self.recorder.add_vision(begin, self.recorder.watch.mark())
-            if getattr(output, "pooler_output", None) is None:
-                # A caller of its own that asked for a tuple: the model itself never does.
-                return output
-            features = items_of(output)
-            layouts = self.adapter.layouts(modality, arguments, features)
-            layouts = reader.describe(reading, arguments, features, layouts)
-            add_groups(self.adapter, modality, arguments, features, shrunk, layouts)
-            tag(output, layouts)
-            if self.outer is not None:
-                self.outer.layouts[modality] = layouts
-            if self.turns is not None:
-                self.turns.keep(modality, pixels, output)
-            return output
-
-        return watched
-
     # ------------------------------------------------------------ outer boundary
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,6 +218,7 @@ class Binding:
         brought = modalities(named)
         if brought:
             outer.input_ids, outer.features = named.get("input_ids"), feature_source(named)
+            outer.attention_mask = readable_mask(named)
             ids = {name: token for name, token in self.adapter.placeholders.items() if name in brought}
             outer.visual = placeholder_masks(named, ids, self.adapter.base.get_input_embeddings())
             for modality, output in (named.get("mm_encoder_outputs") or {}).items():
@@ -296,6 +265,8 @@ class Binding:
         self.inner = inner
         self.layers.arm(inner, new)
         self.kv.arm(inner)
+        if self.listener is not None:
+            self.listener.entered(inner, new)
         if inner.undo:
             self._refuse_checkpointing()
         return args, new
@@ -306,7 +277,7 @@ class Binding:
         begin = self.recorder.watch.mark()
         valid = self._valid(outer, batch, length, embeds.device)
         visual = {name: places & valid for name, places in outer.visual.items()}
-        inner = Inner(length, {}, cache=cache, seen=cache.get_seq_length() if cache is not None else 0)
+        inner = Inner(length, {}, cache=cache, seen=int(cache.get_seq_length()) if cache is not None else 0)
         keep, embeddings = valid, embeds
         changed = False
         if visual:
@@ -338,6 +309,8 @@ class Binding:
             inner.levels[0] = Level(slots, real)
         else:
             everything = torch.arange(length, device=embeds.device).expand(batch, length)
+            if self.block is not None:
+                inner.block, everything = self.block, self.block.slots(inner.seen)
             inner.levels[0] = Level(everything, None if bool(valid.all()) else valid, whole=True)
         inner.tables["embeds"] = embeddings
         if any("embeds" in method.needs for method in (self.dropper, self.bypass) if method is not None):
@@ -375,6 +348,7 @@ class Binding:
             raise ValueError(
                 "output_attentions=True is not possible while tokens are dropped; remove() the plan to get them"
             )
+        fit_masks(kwargs, inner.cache, inner.length, keep=self.adapter.masks_before_decoder)
         self._take_cache(inner, kwargs, outer)
         if inner.cache is None and inner.events:
             inner.prompt_end = self._prompt_end(outer)
@@ -411,6 +385,9 @@ class Binding:
                 frequencies=self.adapter.rotary_frequencies() if self.calibrates else None,
                 window=getattr(self.adapter.text_config, "sliding_window", None),
             )
+        if inner.block is not None and inner.block.sees is not None:
+            stored = 0 if reference is None else reference.stored
+            kwargs["attention_mask"] = tree_mask(kwargs.get("attention_mask"), inner.block.sees, stored, embeds.dtype)
         self.layers.announce(inner)
 
     def _prompt_end(self, outer: Outer) -> int | None:
@@ -435,14 +412,25 @@ class Binding:
                 return
             cache = transformers.DynamicCache(config=self.adapter.text_config)
             kwargs["past_key_values"] = inner.cache = cache
+        refuse_packing(cache, self.kv.packer)
         if not is_logical(cache):
-            refuse_unsupported(cache)
-            past = None
-            if outer.attention_mask is not None and inner.seen:
-                past = outer.attention_mask[:, : inner.seen].bool()
-            adopt(cache, self.adapter.shape.layers, past)
-            if self.turns is not None:
-                self.turns.adopted(cache)
+            self.adopt(cache, outer.attention_mask)
+
+    def adopt(self, cache: Any, mask: Tensor | None) -> None:
+        """Give a cache logical layers.
+
+        Args:
+            cache: a plain dynamic or static cache.
+            mask: ``[B, S]``, which tokens are real, those in the cache first; None = all.
+
+        Raises:
+            ValueError: if its layers cannot be replaced.
+        """
+        refuse_unsupported(cache)
+        seen = int(cache.get_seq_length())
+        take_over(cache, self.adapter.shape.layers, mask[:, :seen].bool() if mask is not None and seen else None)
+        if self.turns is not None:
+            self.turns.adopted(cache)
 
     def _positions(self, inner: Inner, kwargs: dict[str, Any], embeds: Tensor) -> Tensor:
         """Gather or renumber the position ids."""
@@ -452,6 +440,7 @@ class Binding:
             # The decoder would count the shortened prompt; the model's own default counts the full one.
             positions = torch.arange(inner.length, device=embeds.device)[None] + inner.seen
         positions = positions.expand(*positions.shape[:-2], embeds.shape[0], -1)
+        inner.tables["asked positions"] = positions
         if inner.base_shift is not None:
             positions = positions - inner.base_shift.to(positions.device)[:, None]
         if level.whole:
@@ -478,7 +467,10 @@ class Binding:
             return None
         self.layers.truncate(inner)
         self.kv.finish(inner)
+        settle(inner.cache)
         self.recorder.note_pruned(inner)
+        if self.listener is not None:
+            self.listener.left(inner, output)
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:
             return None

@@ -6,9 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from mmfast.kv.cache import LogicalLength
+
+_PLAIN: dict[type, tuple[type, ...]] = {
+    DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer),
+    StaticCache: (StaticLayer, StaticSlidingWindowLayer),
+}
+"""Kinds of caches that can be taken over, with the kinds of their layers."""
 
 
 class LogicalLayer(LogicalLength, DynamicLayer):  # type: ignore[misc]
@@ -97,15 +111,14 @@ def refuse_unsupported(cache: object) -> None:
     Raises:
         ValueError: naming the kind of cache and what to use.
     """
-    layers = getattr(cache, "layers", [])
-    plain = all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or isinstance(layer, LogicalLength) for layer in layers
-    )
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False) or not plain:
+    kinds = _PLAIN.get(type(cache), ())
+    plain = all(type(layer) in kinds or isinstance(layer, LogicalLength) for layer in getattr(cache, "layers", []))
+    offloading = bool(getattr(cache, "offloading", False))
+    if not kinds or offloading or not plain:
         raise ValueError(
-            f"a plan that drops tokens needs a plain DynamicCache, got {type(cache).__name__}"
-            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}; leave cache_implementation at its "
-            "default (static, quantised, offloaded and linear-attention caches are not supported)"
+            f"a plan that drops tokens needs a plain DynamicCache or StaticCache, got {type(cache).__name__}"
+            f"{' with offloading' if offloading else ''}; leave cache_implementation at its default or set it to "
+            "'static' (to hold a cache in fewer bits, add a method that packs to the plan, such as kivi())"
         )
 
 
@@ -130,14 +143,28 @@ def _replacement(layer: Any, past_valid: Tensor | None) -> LogicalLayer:
     fresh = LogicalSlidingLayer(layer.sliding_window) if sliding else LogicalLayer()
     if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
         return fresh
-    seen, stored = layer.get_seq_length(), layer.keys.shape[-2]
-    fresh.lazy_initialization(layer.keys, layer.values)
-    fresh.keys, fresh.values = layer.keys, layer.values
+    return filled_with(fresh, layer.keys, layer.values, layer.get_seq_length(), past_valid)
+
+
+def filled_with(
+    fresh: LogicalLayer, keys: Tensor, values: Tensor, seen: int, past_valid: Tensor | None
+) -> LogicalLayer:
+    """Let an empty layer hold what another one has stored.
+
+    Args:
+        fresh: the empty layer.
+        keys: ``[B, G, P, d]``, of the last P tokens.
+        values: ``[B, G, P, d]``.
+        seen: tokens so far.
+        past_valid: ``[B, seen]`` bool, which of them are real; None = all.
+    """
+    batch, _, stored, _ = keys.shape
+    fresh.lazy_initialization(keys, values)
+    fresh.keys, fresh.values = keys, values
     fresh.seen = seen
-    batch, device = layer.keys.shape[0], layer.keys.device
-    fresh.slots = torch.arange(seen - stored, seen, device=device).expand(batch, stored)
+    fresh.slots = torch.arange(seen - stored, seen, device=keys.device).expand(batch, stored)
     if past_valid is not None:
-        fresh.valid = past_valid[:, -stored:].to(device)
+        fresh.valid = past_valid[:, -stored:].to(keys.device)
     return fresh
 
 

@@ -121,6 +121,32 @@ class Prompt:
         )
 
 
+@dataclass(frozen=True)
+class Block:
+    """Drafted tokens that one call verifies.
+
+    Attributes:
+        depth: ``[B, q]`` int64, how many tokens stand between each token and the last one in the cache.
+        lengths: ``[B]`` int64, logical length of each row before the call.
+        sees: ``[B, q, q]`` bool, which tokens of the call each one sees; None = those before it and itself.
+    """
+
+    depth: Tensor
+    lengths: Tensor
+    sees: Tensor | None
+
+    def slots(self, seen: int) -> Tensor:
+        """Return ``[B, q]`` places of the tokens, counted from the ``seen`` of a cache."""
+        return self.depth + (self.lengths - seen)[:, None]
+
+    def visible(self) -> Tensor:
+        """Return ``[B, q, q]`` bool, which tokens of the call each one sees."""
+        if self.sees is not None:
+            return self.sees
+        batch, query = self.depth.shape
+        return torch.ones(query, query, dtype=torch.bool, device=self.depth.device).tril().expand(batch, -1, -1)
+
+
 @dataclass
 class Inner:
     """One pass through the decoder.
@@ -151,6 +177,7 @@ class Inner:
         first_slots: ``[B]`` int64, place of the first real token of each row.
         undo: callbacks that end the call.
         selection_marks: begin and end marks of selections.
+        block: the drafted tokens, if the call verifies some.
     """
 
     length: int
@@ -179,6 +206,7 @@ class Inner:
     undo: list[Any] = field(default_factory=list)
     selection_marks: list[tuple[Any, Any]] = field(default_factory=list)
     tables: dict[Any, Any] = field(default_factory=dict)
+    block: Block | None = None
 
     def level_at(self, layer: int) -> Level:
         """Return the level of the tokens that are alive at a layer."""

@@ -102,7 +102,7 @@ class CacheRunner:
                     self._capture(inner, index)
                 handle = layer.register_forward_hook(self._after_prompt(inner, index), with_kwargs=True)
                 inner.undo.append(handle.remove)
-        elif inner.length == 1 and (self._steps or self.retriever is not None):
+        elif (inner.length == 1 or inner.block is not None) and (self._steps or self.retriever is not None):
             acting = [(i, layer) for i, layer in self._layers(inner) if inner.cache.layers[i].prompts is not None]
             if acting:
                 switch_on_tap(self.adapter, inner)

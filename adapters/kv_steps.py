@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.attention import Operands
-from mmfast.adapters.call import Inner
+from mmfast.adapters.call import Block, Inner
+from mmfast.adapters.masks import hide
 from mmfast.kv.base import Retriever
 from mmfast.kv.cache import PromptBook
 from mmfast.kv.entries import Step
@@ -24,7 +25,11 @@ class Selecting:
     def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> Operands | None:
         """Choose row by row; where all rows and heads read equally much, gather it."""
         cached = self.inner.cache.layers[self.index]
-        if query.shape[2] != 1 or cached.prompts is None:
+        if cached.prompts is None:
+            return None
+        if self.inner.block is not None:
+            return self._take_block(self.inner.block, query, key, value, mask, options)
+        if query.shape[2] != 1:
             return None
         heads = key.shape[1]
         query_heads = query.shape[1]
@@ -47,6 +52,52 @@ class Selecting:
             return None
         return _narrowed(key, value, mask, chosen, weighted=cached.bias is not None)
 
+    def _take_block(
+        self, block: Block, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> Operands | None:
+        """Choose for every drafted token as if those on its path had been generated one by one."""
+        cached = self.inner.cache.layers[self.index]
+        tokens, stored, query_heads = query.shape[2], key.shape[2], query.shape[1]
+        past = stored - tokens
+        sees = block.visible()
+        real = cached.real_entries()
+        own = real[:, :, None, past:] & sees[:, None]
+        chosen = torch.cat([real[:, :, None, :past].expand(-1, -1, tokens, -1), own], dim=-1)
+        chosen = chosen.repeat_interleave(query_heads // key.shape[1], dim=1)
+        changed = False
+        with torch.no_grad():
+            for row, book in enumerate(cached.prompts):
+                if book is None:
+                    continue
+                book.trail = []
+                for token in range(tokens):
+                    before = sees[row, token, :token].nonzero().flatten().tolist()
+                    book.trail.append(dict(book.trail[before[-1]] if before else book.memory))
+                    if not bool(real[row, :, past + token].any()):
+                        # Padding of a row with a shorter draft.
+                        continue
+                    shown = real[row].clone()
+                    shown[:, past:] &= sees[row, token]
+                    added = int(block.lengths[row]) + int(block.depth[row, token]) + 1 - book.end
+                    places, step = _step(
+                        cached, self.index, self.depth, row, query[:, :, token : token + 1], options, key, value,
+                        shown, added, book.trail[token],
+                    )  # fmt: skip
+                    picked = self.method.choose(step)
+                    if picked is None:
+                        continue
+                    changed = True
+                    picked = picked.clone() if picked.ndim == 2 else picked[None].clone()
+                    picked[:, -1] = True
+                    wide = picked.repeat_interleave(query_heads // picked.shape[0], dim=0)
+                    chosen[row, :, token, places] &= wide
+        if not changed:
+            return None
+        if cached.bias is not None or (mask is not None and mask.ndim == 4):
+            base = mask[..., -stored:].expand(*chosen.shape[:2], -1, -1)
+            return key, value, hide(base, ~chosen)
+        return key, value, chosen
+
 
 def step_of(
     cached: Any,
@@ -64,24 +115,40 @@ def step_of(
         ``[P]`` int64 places of what the prompt has stored, and the step.
     """
     book = cached.prompts[row]
+    real, added = cached.real_entries()[row], cached.seen - book.end
+    return _step(cached, index, depth, row, query, options, key, value, real, added, book.memory)
+
+
+def _step(
+    cached: Any,
+    index: int,
+    depth: int,
+    row: int,
+    query: Tensor,
+    options: Mapping[str, Any],
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    added: int,
+    memory: dict[str, Tensor],
+) -> tuple[Tensor, Step]:
+    """Describe a step that sees the entries ``real`` ``[G, P]`` after ``added`` tokens since the prompt."""
     keys, values = key[row], value[row]
-    real = cached.real_entries()[row]
     places = real.any(dim=0).nonzero().squeeze(-1)
     if places.numel() < keys.shape[1]:
         keys, values, real = keys[:, places], values[:, places], real[:, places]
-    added = cached.seen - book.end
     return places, Step(
         keys,
         values,
         query[row],
-        book.entries + added,
+        cached.prompts[row].entries + added,
         added,
         index,
         depth,
         None if cached.heads is None else real,
         options.get("scaling"),
         options.get("softcap"),
-        book.memory,
+        memory,
     )
 
 

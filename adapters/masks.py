@@ -122,6 +122,37 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     return mask.masked_fill(hidden, value)
 
 
+def tree_mask(mask: Any, sees: Tensor, stored: int, dtype: torch.dtype) -> Any:
+    """Hide from drafted tokens those that are not on their path.
+
+    Args:
+        mask: what the decoder would read: None, 2-D, 4-D or a mapping of such.
+        sees: ``[B, q, q]`` bool, which tokens of the call each one sees; a part of what causality lets it see.
+        stored: entries of the layer after which the decoder sizes its masks, before this call.
+        dtype: of the mask, where there was none for each pair.
+
+    Returns:
+        ``[B, 1, q, stored + q]``, of the kind there was or else additive, or a mapping of such.
+    """
+    if isinstance(mask, Mapping):
+        return {name: tree_mask(value, sees, stored, dtype) for name, value in mask.items()}
+    query = sees.shape[1]
+    if mask is not None and mask.ndim == 4:
+        # Windows made before the decoder count columns, of which a tree has more than places.
+        own = (
+            mask.new_zeros(1).expand(sees[:, None].shape)
+            if mask.is_floating_point()
+            else torch.ones_like(sees)[:, None]
+        )
+        return torch.cat([mask[..., :-query].expand(sees.shape[0], -1, -1, -1), hide(own, ~sees[:, None])], dim=-1)
+    visible = torch.nn.functional.pad(sees, (stored, 0), value=True)
+    if mask is not None:
+        visible = visible & mask[:, None, -(stored + query) :].bool()
+    return torch.zeros(visible.shape, dtype=dtype, device=sees.device).masked_fill(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
 def layer_mask(
     mask: Tensor | None,
     *,

@@ -176,6 +176,36 @@ class PackedLayer(LogicalLayer):
                 if due >= min(_LEAST, max(1, self.packer.residual)):
                     own.pack(self.packer, due, side, None)
 
+    def keep_block(self, query: int, places: Tensor, real: Tensor | None) -> None:
+        """Keep some of the last ``query`` tokens, and pack what is due then."""
+        super().keep_block(query, places, real)
+        if query > 1:
+            self._pack_due()
+
+    def keep_states(self, query: int, places: Tensor, real: Tensor | None) -> None:
+        """Move the last keys and values, which are loose."""
+        for index, row in enumerate(self._rows):
+            stood = torch.ones(query, dtype=torch.bool) if self.valid is None else self.valid[index, -query:].cpu()
+            stay = places[index].cpu() if real is None else places[index].cpu()[real[index].cpu()]
+            stay = (stood.cumsum(0) - 1)[stay]
+            count = int(stood.sum())
+            for side in row.values():
+                past = side.loose.shape[1] - count
+                own = side.loose[:, past:][:, stay.to(side.loose.device)]
+                side.loose = torch.cat([side.loose[:, :past], own], dim=1)
+
+    def room(self) -> int | None:
+        """Say how many tokens may come before the next are packed, which the one after would see."""
+        least = min(_LEAST, max(1, self.packer.residual))
+        counts = []
+        for row in self._rows:
+            for side in _SIDES:
+                loose, count = row[side].loose.shape[1], 1
+                while count < _LEAST and self.packer.due(loose + count, side) < least:
+                    count += 1
+                counts.append(count)
+        return min(counts, default=None)
+
     def pack(self, prompts: Sequence[tuple[int, Entries]], after: int) -> None:
         """Pack a prompt that has just been read, and what was loose before it.
 

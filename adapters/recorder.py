@@ -11,7 +11,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.kv.cache import LogicalLength
 from mmfast.plan import Plan
-from mmfast.report import LayerWork, MediaRecord, Report, Stopwatch, peak_memory
+from mmfast.report import Drafting, LayerWork, MediaRecord, Report, Stopwatch, peak_memory
 
 
 class Recorder:
@@ -39,6 +39,7 @@ class Recorder:
         self._work: list[list[LayerWork]] = []
         self._kv_bytes = 0
         self._reread = self.reread = 0
+        self.drafting: Drafting | None = None
 
     def add_vision(self, begin: Any, end: Any) -> None:
         """Book one run of the vision tower."""
@@ -98,6 +99,7 @@ class Recorder:
         report = Report(
             self.plan.to_text(), type(self.adapter.model).__name__, self.adapter.shape, device=self.device.type
         )
+        report.drafting = self.drafting
         if self._inner is None or not self._levels:
             report.note = "no prompt with images or videos has been run yet"
             return report

@@ -9,6 +9,7 @@ from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
 from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Forgetter, Packer, Retriever
 from mmfast.plan import Plan
+from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import BeforeLLM, Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
@@ -16,6 +17,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "before_llm": (BeforeLLM,),
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
     "cache": (Evictor, Adjuster, Retriever, Packer, Forgetter),
+    "decode": (Drafter,),
 }
 
 
@@ -69,6 +71,7 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
                 "count original positions); use positions='keep'"
             )
     _check_cache(adapter, plan)
+    _check_drafting(adapter, plan)
     dropper: LayerDropper | None = only(plan, "in_llm", LayerDropper)
     bypass: LayerBypass | None = only(plan, "in_llm", LayerBypass)
     mask: LayerMask | None = only(plan, "in_llm", LayerMask)
@@ -148,6 +151,27 @@ def _check_cache(adapter: Adapter, plan: Plan) -> None:
     forgetter: Forgetter | None = only(plan, "cache", Forgetter)
     if forgetter is not None:
         forgetter.first_layer(adapter.shape.layers)
+
+
+def _check_drafting(adapter: Adapter, plan: Plan) -> None:
+    """Refuse a drafter whose tokens could not be verified in one forward."""
+    drafter: Drafter | None = only(plan, "decode", Drafter)
+    if drafter is None:
+        return
+    implementation = adapter.text_config._attn_implementation
+    if implementation == "flex_attention" or (drafter.trees and "flash" in implementation):
+        raise ValueError(
+            f"method {drafter.name!r} {'drafts trees' if drafter.trees else 'drafts'}, for which attention "
+            f"implementation {implementation!r} has no mask; load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    going_on = next(
+        (method for method in plan.at("cache") if isinstance(method, Evictor | Forgetter) and method.decodes), None
+    )
+    if going_on is not None:
+        raise ValueError(
+            f"method {going_on.name!r} evicts after every generated token, so that drafted tokens cannot be read in "
+            f"one forward; use an eviction that ends with the prompt, or leave {drafter.name!r} out"
+        )
 
 
 def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> None:

@@ -17,6 +17,7 @@ from mmfast.adapters.cache import is_logical
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import FEATURE_KEYS
 from mmfast.adapters.recorder import Recorder
+from mmfast.adapters.static import renewed_layers
 
 _BESIDE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "image_sizes", "pixel_attention_mask")
 """Inputs that go with pixel values; what else depends on the family is found by its shape."""
@@ -86,7 +87,11 @@ class Turns:
             if given is not None:
                 inputs[name] = torch.nn.functional.pad(given, (0, ids.shape[1] - given.shape[1]))
         self.recorder.reread = cache.get_seq_length()
-        cache.layers = transformers.DynamicCache(config=self.adapter.text_config).layers
+        config = self.adapter.text_config
+        if isinstance(cache, transformers.StaticCache):
+            cache.layers = renewed_layers(cache, config)
+        else:
+            cache.layers = transformers.DynamicCache(config=config).layers
         self._current = _Media(inputs, {} if new else known.features)
         return {**kwargs, **inputs}
 

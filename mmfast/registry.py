@@ -24,6 +24,7 @@ _ROOMS = (
     "mmfast.kv.eviction",
     "mmfast.kv.retrieval",
     "mmfast.kv.packing",
+    "mmfast.speculative.drafters",
 )
 _ACTIONS = {
     "LayerBypass": "reroutes",
@@ -32,6 +33,7 @@ _ACTIONS = {
     "Forgetter": "forgets",
     "Retriever": "reads a part",
     "Packer": "packs",
+    "Drafter": "drafts",
 }
 """Kind of method -> what it does, where that is neither dropping nor merging."""
 EXAMPLE = '"divprune(keep=64) + pyramiddrop()"'

@@ -151,6 +151,98 @@ class LayerWork:
 
 
 @dataclass
+class Drafting:
+    """What drafting gave in the last call of ``generate``, all rows together.
+
+    Attributes:
+        rounds: forward passes of the model times the rows that took part in each; the prompt is not counted.
+        plain_rounds: of these, those without a draft.
+        drafted: tokens drafted.
+        accepted: tokens of drafts that became part of an answer.
+        emitted: tokens given out, the first of each answer not counted.
+        tried: how often a draft reached the 1st, 2nd, ... place with all before it accepted.
+        hit: how often it was accepted there.
+        draft_seconds: time of the drafter.
+        verify_seconds: time of the model's forward passes.
+    """
+
+    rounds: int = 0
+    plain_rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    tried: list[int] = field(default_factory=list)
+    hit: list[int] = field(default_factory=list)
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def add(self, *, drafted: int, depth: int, accepted: int, emitted: int) -> None:
+        """Book one row of one round.
+
+        Args:
+            drafted: tokens drafted.
+            depth: tokens on the longest path of the draft that were judged.
+            accepted: tokens accepted.
+            emitted: tokens given out.
+        """
+        self.rounds += 1
+        self.plain_rounds += drafted == 0
+        self.drafted += drafted
+        self.accepted += accepted
+        self.emitted += emitted
+        for book, reached in ((self.tried, min(depth, accepted + 1)), (self.hit, accepted)):
+            book += [0] * (reached - len(book))
+            for place in range(reached):
+                book[place] += 1
+
+    def time(self, drafting: float, verifying: float) -> None:
+        """Book the seconds of one round."""
+        self.draft_seconds += drafting
+        self.verify_seconds += verifying
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens given out per forward and row, the model's own token included (tau); 1 without drafting."""
+        return self.emitted / self.rounds if self.rounds else 1.0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Drafted tokens accepted per forward and row: tau without the model's own token."""
+        return self.accepted / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share accepted at the 1st, 2nd, ... place of a draft, where all before it were."""
+        hits = self.hit + [0] * (len(self.tried) - len(self.hit))
+        return [hit / tried for hit, tried in zip(hits, self.tried, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            **vars(self),
+            "tokens_per_forward": self.tokens_per_forward,
+            "mean_accepted": self.mean_accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance": self.acceptance,
+        }
+
+    def __str__(self) -> str:
+        if not self.drafted:
+            return f"nothing drafted in {self.rounds} rounds: it would not have paid, or there was nothing to propose"
+        places = ", ".join(f"{share:.2f}" for share in self.acceptance[:8])
+        return (
+            f"{self.tokens_per_forward:.2f} tokens per forward ({self.mean_accepted:.2f} drafted + the model's own), "
+            f"{100 * self.acceptance_rate:.0f} % of {self.drafted} drafted accepted, by place {places}; "
+            f"{self.plain_rounds} of {self.rounds} rounds without a draft"
+        )
+
+
+@dataclass
 class Report:
     """The last prompt with images or videos, and the tokens generated after it.
 
@@ -170,6 +262,7 @@ class Report:
         note: why there is nothing to report, if so.
         device: type of the device.
         reread_tokens: tokens of earlier turns that were read again so that this question could choose.
+        drafting: what drafting gave in the last call of ``generate``; None without a drafter.
     """
 
     plan: str
@@ -187,6 +280,7 @@ class Report:
     note: str = ""
     device: str = "cpu"
     reread_tokens: int = 0
+    drafting: Drafting | None = None
 
     @property
     def tokens_per_layer(self) -> list[list[int]]:
@@ -272,6 +366,7 @@ class Report:
             "peak_bytes": self.peak_bytes,
             "device": self.device,
             "reread_tokens": self.reread_tokens,
+            "drafting": None if self.drafting is None else self.drafting.to_dict(),
             "note": self.note,
         }
         if self.comparison is not None:
@@ -289,7 +384,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"plan     {self.plan}", f"model    {self.model}"]
         if self.note:
-            return "\n".join([*lines, self.note])
+            lines.append(self.note)
+            return "\n".join(lines if self.drafting is None else [*lines, f"drafting {self.drafting}"])
         for item in self.media:
             lines.append(
                 f"{item.modality:<8} row {item.row}: {item.tokens} tokens -> {item.entered} into the LLM -> "
@@ -310,6 +406,8 @@ class Report:
             lines.append(f"turn     {self.reread_tokens} tokens of earlier turns read again for this question")
         times = ", ".join(f"{phase} {1e3 * self.seconds.get(phase, 0.0):.1f} ms" for phase in PHASES)
         lines.append(f"time     {times} ({self.decode_steps} decode steps)")
+        if self.drafting is not None:
+            lines.append(f"drafting {self.drafting}")
         if self.peak_bytes:
             whose = "device" if self.device == "cuda" else "process"
             lines.append(f"memory   {whose} peak so far {self.peak_bytes / 1e6:.0f} MB")

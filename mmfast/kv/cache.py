@@ -38,11 +38,13 @@ class PromptBook:
         entries: entries the layer made of the prompt, evicted ones included.
         end: logical length at the end of the prompt.
         memory: what a method of the cache remembers.
+        trail: what it would remember after each token of the last call, where these are drafted.
     """
 
     entries: int
     end: int
     memory: dict[str, Tensor] = field(default_factory=dict)
+    trail: list[dict[str, Tensor]] = field(default_factory=list)
 
     def copy(self) -> PromptBook:
         """Copy the book for another beam."""
@@ -217,6 +219,55 @@ class LogicalLength:
                     setattr(self, name, book[..., :-tokens])
             self.forget_states(tokens)
         self.seen -= tokens
+
+    def keep_block(self, query: int, places: Tensor, real: Tensor | None) -> None:
+        """Keep some of the last ``query`` tokens and forget the others, logically too.
+
+        Args:
+            query: tokens the last call brought.
+            places: ``[B, W]`` int64, ascending, which of them stay.
+            real: ``[B, W]`` bool, which of these are tokens at all, for rows that keep fewer; None = all.
+        """
+        kept = places.shape[1]
+        if self.slots is None or (kept == query and real is None):
+            return
+        past = self.stored - query
+        self.keep_states(query, places, real)
+        for name in ("slots", "valid", "sizes", "heads", "places", "bias"):
+            book = getattr(self, name)
+            if book is None:
+                continue
+            own = places.to(book.device)
+            own = own if book.ndim == 2 else own[:, None].expand(-1, book.shape[1], -1)
+            setattr(self, name, torch.cat([book[..., :past], book[..., past:].gather(-1, own)], dim=-1))
+        if real is not None:
+            real = real.to(self.slots.device)
+            if self.valid is None:
+                self.valid = torch.ones_like(self.slots, dtype=torch.bool)
+            self.valid[:, past:] &= real
+            if self.heads is not None:
+                self.heads[..., past:] &= real[:, None]
+            self.history = hash((self.history, -4))
+        self.seen -= query - kept
+
+    def keep_states(self, query: int, places: Tensor, real: Tensor | None) -> None:
+        """Move keys and values of the last tokens; the books still say how they stood."""
+        if self.keys is None or self.values is None:
+            return
+        past, kept = self.stored - query, places.shape[1]
+        if bool((places == torch.arange(kept, device=places.device)).all()):
+            if kept < query:
+                self.forget_states(query - kept)
+            return
+        wanted = places.to(self.keys.device)[:, None, :, None]
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            own = states[:, :, past:].gather(2, wanted.expand(-1, states.shape[1], -1, states.shape[-1]))
+            setattr(self, name, torch.cat([states[:, :, :past], own], dim=2))
+
+    def room(self) -> int | None:
+        """Say how many tokens one call may bring without a difference to as many calls; None for any number."""
+        return None
 
     def forget_states(self, tokens: int) -> None:
         """Cut the last ``tokens`` keys and values off."""

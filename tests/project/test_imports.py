@@ -48,12 +48,13 @@ ALLOWED: dict[str, set[str]] = {
     "token_pruning": {"core", "kernels"},
     # Both read attention through the same view, and share the base of all methods.
     "kv": {"core", "kernels", "token_pruning"},
-    "speculative": {"core", "kernels"},
+    # A drafter is a method like all others.
+    "speculative": {"core", "kernels", "token_pruning"},
     "plan": {"core", "token_pruning", "kv", "speculative"},
     "accelerate": {"core", "plan", "token_pruning", "kv", "zoo"},
     "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
-    "training": {"public", "media"},
+    "training": {"public", "media", "speculative"},
     "eval": {"public", "media"},
     "adapters": {"core", "kernels", "token_pruning", "kv", "speculative", "plan"},
     "cli": {"public", "core", "plan", "accelerate", "media", "zoo", "eval"},

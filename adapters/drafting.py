@@ -1,0 +1,224 @@
+"""Let ``generate`` decode with drafts, in a loop of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+
+from mmfast.adapters.cache import is_logical
+from mmfast.adapters.ledger import Ledger
+from mmfast.adapters.rounds import ModelRounds
+from mmfast.adapters.voice import AnswerVoice
+from mmfast.report import Drafting
+from mmfast.speculative.adaptive import Adaptive
+from mmfast.speculative.base import Drafter, Request
+from mmfast.speculative.decode import Rounds
+
+if TYPE_CHECKING:
+    from mmfast.adapters.binding import Binding
+
+_MARKS = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi", "fake", "global_img", "row_img")
+"""Beginnings of the names of config entries whose tokens stand for or enclose images."""
+
+
+class DraftingRunner:
+    """Decode with the drafter of a plan.
+
+    Args:
+        binding: the plan at work on the model.
+        drafter: its drafter.
+    """
+
+    def __init__(self, binding: Binding, drafter: Drafter) -> None:
+        self.binding, self.drafter = binding, drafter
+        self.adapter = binding.adapter
+        self.memory: dict[str, Any] = {}
+        self._adaptive: dict[int, Adaptive] = {}
+        self._inputs: dict[str, Any] = {}
+
+    def attach(self, ledger: Ledger) -> None:
+        """Wrap the model's ``generate``."""
+        ledger.set_attribute(self.adapter.model, "generate", self._wrapped(self.adapter.model.generate))
+
+    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            for name in ("custom_generate", "assistant_model"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(
+                        f"{name} cannot be given to generate() while {self.drafter.name!r} drafts; leave it out, or "
+                        "remove() the plan"
+                    )
+            self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            try:
+                return original(*args, custom_generate=self._decode, **kwargs)
+            finally:
+                self._inputs = {}
+
+        return generate
+
+    def _refuse(self, config: Any, cache: Any, processors: Any, rows: int) -> None:
+        """Refuse what cannot be drafted for.
+
+        Raises:
+            ValueError: naming it, and what to do.
+        """
+        name = self.drafter.name
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"{name!r} drafts for greedy decoding and sampling, not for {mode.value.replace('_', ' ')}; leave that "
+                "option of generate() out, or remove() the plan"
+            )
+        for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
+            if getattr(config, option, None):
+                raise ValueError(f"{option} is not possible while {name!r} drafts; leave it out, or remove() the plan")
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"{name!r} drafts with a plain dynamic cache, got {type(cache).__name__}; leave use_cache and "
+                "cache_implementation at their defaults"
+            )
+        for processor in processors:
+            kind = type(processor).__name__
+            if kind == "UnbatchedClassifierFreeGuidanceLogitsProcessor" or (rows > 1 and kind.startswith("PrefixCon")):
+                raise ValueError(
+                    f"{kind} looks at whole batches, which grow row by row while {name!r} drafts; leave it out, or "
+                    "pass one prompt at a time"
+                )
+
+    def _decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode one call of ``generate``; what it needs has been prepared by transformers."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        self._refuse(generation_config, cache, logits_processor, input_ids.shape[0])
+        if not is_logical(cache):
+            self.binding.adopt(cache, mask)
+        rounds = ModelRounds(self.binding, cache)
+        record = self.binding.recorder.drafting = Drafting()
+        try:
+            prompt = rounds.prefill(
+                lambda: model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True), mask
+            )
+            voice = AnswerVoice(
+                input_ids,
+                generation_config,
+                logits_processor,
+                stopping_criteria,
+                streamer,
+                self._excluded(generation_config),
+            )
+            logits = prompt.logits[:, -1]
+            if voice.greedy:
+                first = logits.float().argmax(dim=-1).tolist()
+            else:
+                first = [voice.choose(row, logits[row]) for row in range(len(logits))]
+            roots = {row: token for row, token in enumerate(first) if not voice.emit(row, token)}
+            if roots:
+                self._rounds(rounds, voice, roots, first, input_ids, mask, generation_config, record)
+        finally:
+            rounds.finish()
+        if streamer is not None:
+            streamer.end()
+        padding = generation_config._pad_token_tensor
+        answers = voice.answers(None if padding is None else int(padding))
+        if not generation_config.return_dict_in_generate:
+            return answers
+        return GenerateDecoderOnlyOutput(
+            sequences=answers,
+            scores=voice.stacked(voice.scores),
+            logits=voice.stacked(voice.logits),
+            past_key_values=cache,
+        )
+
+    def _rounds(
+        self,
+        rounds: ModelRounds,
+        voice: AnswerVoice,
+        roots: Mapping[int, int],
+        first: list[int],
+        ids: Tensor,
+        mask: Tensor | None,
+        config: Any,
+        record: Drafting,
+    ) -> None:
+        request = self._request(rounds, voice, first, ids, mask, config)
+        session = self.drafter.start(request)
+        device = ids.device
+        try:
+            Rounds(
+                rounds,
+                voice,
+                session,
+                request,
+                most=self.drafter.most,
+                adaptive=self._controller(len(first)),
+                record=record,
+                synchronize=(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None),
+            ).run(roots)
+        finally:
+            session.close()
+
+    def _controller(self, rows: int) -> Adaptive | None:
+        """Return what chooses the length of drafts; it is kept over calls and knows what they cost."""
+        if not self.drafter.adaptive:
+            return None
+        return self._adaptive.setdefault(rows, Adaptive(start=min(4, self.drafter.most)))
+
+    def _request(
+        self, rounds: ModelRounds, voice: AnswerVoice, first: list[int], ids: Tensor, mask: Tensor | None, config: Any
+    ) -> Request:
+        model = self.adapter.model
+        width = ids.shape[1]
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -width:].bool()
+        drawn = self.drafter.stochastic and bool(config.do_sample)
+        seeds = torch.randint(2**62, (len(first),)).tolist() if drawn else [0] * len(first)
+        head = model.get_output_embeddings()
+        return Request(
+            prompts=tuple(tuple(row[own].tolist()) for row, own in zip(ids, real, strict=True)),
+            first=tuple(first),
+            excluded=voice.excluded,
+            stop=voice.stops,
+            vocabulary=int(head.weight.shape[0]),
+            max_new_tokens=max(voice.left(row) for row in range(len(first))),
+            sampling=bool(config.do_sample),
+            law=voice.law_after,
+            generator=[torch.Generator(device=ids.device).manual_seed(seed) for seed in seeds],
+            device=ids.device,
+            dtype=model.dtype,
+            memory=self.memory,
+            prefill=rounds.described(ids) if self.drafter.needs_hidden else (),
+            embed=model.get_input_embeddings(),
+            head=head,
+            model=rounds if self.drafter.needs_model else None,
+            inputs=self._inputs,
+        )
+
+    def _excluded(self, config: Any) -> frozenset[int]:
+        """Return the tokens that stand for images, enclose them or fill rows up."""
+        found = set(self.adapter.placeholders.values())
+        for name, value in vars(self.adapter.model.config).items():
+            marks = name.endswith(("_token_id", "_token_index")) and name.startswith(_MARKS)
+            if marks and isinstance(value, int):
+                found.add(value)
+        ends = config._eos_token_tensor
+        padding = config._pad_token_tensor
+        stops = set() if ends is None else set(ends.flatten().tolist())
+        if padding is not None and int(padding) not in stops:
+            found.add(int(padding))
+        return frozenset(found)

@@ -1,0 +1,1 @@
+"""Drafting: several tokens per forward of the model, the same answer."""

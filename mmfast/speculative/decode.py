@@ -1,0 +1,245 @@
+"""The loop: draft, verify, accept, until every answer has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmfast.report import Drafting
+from mmfast.speculative.adaptive import Adaptive
+from mmfast.speculative.base import Draft, Request, Session, Verified
+from mmfast.speculative.verify import reject, walk
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward of the model gave.
+
+    Attributes:
+        logits: ``[B, q, V]`` after each node.
+        hidden: ``[B, q, D]`` last hidden states after the final norm.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class _Over(Exception):
+    """An answer has ended inside a draft."""
+
+
+def _path(draft: Draft, emitted: Sequence[int]) -> tuple[int, ...]:
+    """Return the root and the nodes of all tokens given out but the last, whose keys nobody needs."""
+    path = [0]
+    for token in emitted[:-1]:
+        path.append(
+            next(
+                node
+                for node, (parent, own) in enumerate(zip(draft.tree()[1:], draft.tokens, strict=True), start=1)
+                if (parent, own) == (path[-1], token)
+            )
+        )
+    return tuple(path)
+
+
+class Target(Protocol):
+    """The model that verifies."""
+
+    def verify(self, drafts: Mapping[int, tuple[int, Draft]]) -> Outcome:
+        """Run the root and the draft of each row in one forward; rows that have ended are not named."""
+
+    def accept(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Keep the nodes of each path and forget the others."""
+
+    def room(self) -> int | None:
+        """Say how many tokens one forward may take, the root counted; None for any number."""
+
+
+class Voice(Protocol):
+    """What turns logits into tokens, one after the other, as plain decoding does."""
+
+    greedy: bool
+    """Whether the likeliest token is taken as it is, without a processor."""
+
+    def choose(self, row: int, logits: Tensor) -> int:
+        """Choose the token that follows a row's answer so far, given ``[V]`` logits."""
+
+    def law(self, row: int, logits: Tensor) -> Tensor:
+        """Return the law ``[V]`` (float32) of the token that follows."""
+
+    def emit(self, row: int, token: int) -> bool:
+        """Give a token out; return whether the answer has ended."""
+
+    def left(self, row: int) -> int:
+        """Return how many tokens a row may still give."""
+
+
+class Rounds:
+    """Rounds of drafting and verifying.
+
+    Args:
+        target: the model.
+        voice: what turns logits into tokens.
+        session: the drafter's.
+        request: the call.
+        most: tokens a draft has at most.
+        adaptive: chooses how many tokens to draft; None always drafts all.
+        record: takes what happens.
+        synchronize: waits for the device, so that times are those of the work.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        voice: Voice,
+        session: Session,
+        request: Request,
+        *,
+        most: int,
+        adaptive: Adaptive | None,
+        record: Drafting,
+        synchronize: Callable[[], None],
+    ) -> None:
+        self.target, self.voice, self.session, self.request = target, voice, session, request
+        self.most, self.adaptive, self.record, self.synchronize = most, adaptive, record, synchronize
+
+    def run(self, roots: Mapping[int, int]) -> None:
+        """Go on until every row has ended.
+
+        Args:
+            roots: row -> first token of its answer, of the rows that have not ended with it.
+        """
+        alive = dict(roots)
+        while alive:
+            begin = time.perf_counter()
+            drafts = self._drafts(alive)
+            middle = time.perf_counter()
+            outcome = self.target.verify({row: (root, drafts[row]) for row, root in alive.items()})
+            self.synchronize()
+            end = time.perf_counter()
+            verified, ended = self._walk(alive, drafts, outcome)
+            self.target.accept({row: seen.path for row, seen in verified.items()})
+            self.session.observe(verified)
+            alive = {row: seen.emitted[-1] for row, seen in verified.items() if row not in ended}
+            self._note(drafts, verified, middle - begin, end - middle)
+
+    def _drafts(self, roots: Mapping[int, int]) -> dict[int, Draft]:
+        """Ask the drafter, and take out what cannot be."""
+        room = self.target.room()
+        self.budgets = budget = dict[int, int]()
+        for row in roots:
+            # The model gives one token itself.
+            most = min(self.most, self.voice.left(row) - 1)
+            most = most if room is None else min(most, room - 1)
+            if most > 0 and self.adaptive is not None:
+                most = min(most, self.adaptive.budget(row, most))
+            if most > 0:
+                budget[row] = most
+        found = self.session.propose({row: roots[row] for row in budget}, budget) if budget else {}
+        return {row: self._legal(found[row], budget[row]) if row in found else Draft() for row in roots}
+
+    def _legal(self, draft: Draft, budget: int) -> Draft:
+        """Cut a draft where it names what the model cannot say or takes more room than it has.
+
+        A token that was drawn stays in whatever it is: taking it out for what it is would change the law.
+        """
+        request, parents = self.request, draft.tree()
+        excluded = request.excluded if draft.laws is None else frozenset()
+        place, tokens, kept = {0: 0}, [], []
+        for node, token in enumerate(draft.tokens, start=1):
+            legal = 0 <= token < request.vocabulary and token not in excluded
+            twin = any(tokens[i] == token and kept[i] == place.get(parents[node]) for i in range(len(tokens)))
+            if len(tokens) == budget or not legal or twin or parents[node] not in place:
+                continue
+            kept.append(place[parents[node]])
+            tokens.append(token)
+            place[node] = len(tokens)
+        if len(tokens) == len(draft.tokens):
+            return draft
+        laws = None if draft.laws is None else draft.laws[: len(tokens)]
+        return Draft(tuple(tokens), () if draft.chain else tuple(kept), laws)
+
+    def _walk(
+        self, roots: Mapping[int, int], drafts: Mapping[int, Draft], outcome: Outcome
+    ) -> tuple[dict[int, Verified], set[int]]:
+        best = outcome.logits.argmax(dim=-1).tolist() if self.voice.greedy else None
+        verified, ended = {}, set()
+        for row, root in roots.items():
+            draft = drafts[row]
+            path, emitted, over = self._follow(row, draft, outcome.logits[row], None if best is None else best[row])
+            if over:
+                ended.add(row)
+            nodes = len(draft.tokens) + 1
+            verified[row] = Verified(
+                (root, *draft.tokens),
+                draft.tree(),
+                path,
+                emitted,
+                outcome.logits[row, :nodes],
+                outcome.hidden[row, :nodes],
+            )
+        return verified, ended
+
+    def _follow(
+        self, row: int, draft: Draft, logits: Tensor, best: list[int] | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """Give out tokens along a draft as long as the model goes along, and one of its own.
+
+        Returns:
+            The accepted nodes but the last one given out, the tokens, and whether the answer has ended.
+        """
+        emitted: list[int] = []
+
+        def give(token: int) -> None:
+            emitted.append(token)
+            if self.voice.emit(row, token):
+                raise _Over
+
+        def choose(node: int, tokens: tuple[int, ...]) -> int:
+            token = self.voice.choose(row, logits[node]) if best is None else best[node]
+            give(token)
+            return token
+
+        def law(node: int, tokens: tuple[int, ...]) -> Tensor:
+            # Asked for what follows them, the model has accepted these.
+            for token in tokens[len(emitted) :]:
+                give(token)
+            return self.voice.law(row, logits[node])
+
+        def uniform() -> float:
+            generator = self.request.generator[row]
+            return float(torch.rand((), generator=generator, device=generator.device))
+
+        try:
+            if draft.laws is None:
+                path = walk(draft, choose).path
+            else:
+                accepted = reject(draft, law, uniform)
+                path = accepted.path
+                give(accepted.token)
+        except _Over:
+            return _path(draft, emitted), tuple(emitted), True
+        return path, tuple(emitted), False
+
+    def _note(
+        self, drafts: Mapping[int, Draft], verified: Mapping[int, Verified], drafting: float, verifying: float
+    ) -> None:
+        longest = max(len(draft.tokens) for draft in drafts.values())
+        drafted = any(self.budgets.values())
+        for row, seen in verified.items():
+            accepted = len(seen.path) - 1
+            # Tokens behind the end of an answer were neither right nor wrong.
+            deep = drafts[row].depth if len(seen.emitted) > accepted else accepted
+            self.record.add(drafted=len(drafts[row].tokens), depth=deep, accepted=accepted, emitted=len(seen.emitted))
+            if self.adaptive is not None:
+                self.adaptive.record(row, len(drafts[row].tokens), accepted, deep, seen.path[1:])
+        self.record.time(drafting, verifying)
+        if self.adaptive is not None:
+            if drafted:
+                self.adaptive.drafting(longest, drafting)
+            self.adaptive.cost(1 + longest, verifying)

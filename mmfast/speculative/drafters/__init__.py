@@ -1,0 +1,1 @@
+"""The drafters, one file each; the registry finds them by name."""
