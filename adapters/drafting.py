@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import wraps
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from mmfast.adapters.cache import is_logical
 from mmfast.adapters.ledger import Ledger
@@ -42,6 +45,7 @@ class DraftingRunner:
         self.memory: dict[str, Any] = {}
         self._adaptive: dict[int, Adaptive] = {}
         self._inputs: dict[str, Any] = {}
+        self._streamer: Any = None
 
     def attach(self, ledger: Ledger) -> None:
         """Wrap the model's ``generate``."""
@@ -56,11 +60,14 @@ class DraftingRunner:
                         f"{name} cannot be given to generate() while {self.drafter.name!r} drafts; leave it out, or "
                         "remove() the plan"
                     )
+            # transformers hands neither of these on to a loop that is not its own.
+            self._streamer = kwargs.get("streamer")
+            _take_stop_strings(kwargs)
             self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
             try:
                 return original(*args, custom_generate=self._decode, **kwargs)
             finally:
-                self._inputs = {}
+                self._inputs, self._streamer = {}, None
 
         return generate
 
@@ -100,8 +107,6 @@ class DraftingRunner:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
-        synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
         """Decode one call of ``generate``; what it needs has been prepared by transformers."""
@@ -120,7 +125,7 @@ class DraftingRunner:
                 generation_config,
                 logits_processor,
                 stopping_criteria,
-                streamer,
+                self._streamer,
                 self._excluded(generation_config),
             )
             logits = prompt.logits[:, -1]
@@ -133,8 +138,8 @@ class DraftingRunner:
                 self._rounds(rounds, voice, roots, first, input_ids, mask, generation_config, record)
         finally:
             rounds.finish()
-        if streamer is not None:
-            streamer.end()
+        if self._streamer is not None:
+            self._streamer.end()
         padding = generation_config._pad_token_tensor
         answers = voice.answers(None if padding is None else int(padding))
         if not generation_config.return_dict_in_generate:
@@ -187,7 +192,7 @@ class DraftingRunner:
         width = ids.shape[1]
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -width:].bool()
         drawn = self.drafter.stochastic and bool(config.do_sample)
-        seeds = torch.randint(2**62, (len(first),)).tolist() if drawn else [0] * len(first)
+        seed = _state_of_chance(ids.device) if drawn else 0
         head = model.get_output_embeddings()
         return Request(
             prompts=tuple(tuple(row[own].tolist()) for row, own in zip(ids, real, strict=True)),
@@ -198,7 +203,7 @@ class DraftingRunner:
             max_new_tokens=max(voice.left(row) for row in range(len(first))),
             sampling=bool(config.do_sample),
             law=voice.law_after,
-            generator=[torch.Generator(device=ids.device).manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator(device=ids.device).manual_seed(seed + row) for row in range(len(first))],
             device=ids.device,
             dtype=model.dtype,
             memory=self.memory,
@@ -222,3 +227,24 @@ class DraftingRunner:
         if padding is not None and int(padding) not in stops:
             found.add(int(padding))
         return frozenset(found)
+
+
+def _take_stop_strings(kwargs: dict[str, Any]) -> None:
+    """Turn ``stop_strings`` and the tokenizer they need into a criterion."""
+    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+    if tokenizer is None or strings is None:
+        # Without a tokenizer transformers says what is missing.
+        return
+    kwargs.pop("stop_strings", None)
+    if config is not None:
+        kwargs["generation_config"] = copy(config)
+        kwargs["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+
+
+def _state_of_chance(device: torch.device) -> int:
+    """Return a seed that follows from the state of the device's source of chance, and take nothing from it."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return int.from_bytes(sha256(state.numpy().tobytes()).digest()[:7])

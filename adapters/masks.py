@@ -122,7 +122,7 @@ def hide(mask: Tensor, hidden: Tensor) -> Tensor:
     return mask.masked_fill(hidden, value)
 
 
-def tree_mask(mask: Any, sees: Tensor, stored: int, dtype: torch.dtype) -> Any:
+def tree_mask(mask: Any, sees: Tensor, stored: int, dtype: torch.dtype, *, windowed: bool = False) -> Any:
     """Hide from drafted tokens those that are not on their path.
 
     Args:
@@ -130,20 +130,22 @@ def tree_mask(mask: Any, sees: Tensor, stored: int, dtype: torch.dtype) -> Any:
         sees: ``[B, q, q]`` bool, which tokens of the call each one sees; a part of what causality lets it see.
         stored: entries of the layer after which the decoder sizes its masks, before this call.
         dtype: of the mask, where there was none for each pair.
+        windowed: the mask is that of layers with a sliding window, which are given one of their own later.
 
     Returns:
         ``[B, 1, q, stored + q]``, of the kind there was or else additive, or a mapping of such.
     """
     if isinstance(mask, Mapping):
-        return {name: tree_mask(value, sees, stored, dtype) for name, value in mask.items()}
+        return {
+            name: tree_mask(value, sees, stored, dtype, windowed=name == "sliding_attention")
+            for name, value in mask.items()
+        }
     query = sees.shape[1]
     if mask is not None and mask.ndim == 4:
-        # Windows made before the decoder count columns, of which a tree has more than places.
-        own = (
-            mask.new_zeros(1).expand(sees[:, None].shape)
-            if mask.is_floating_point()
-            else torch.ones_like(sees)[:, None]
-        )
+        own = mask[..., -query:].expand(sees.shape[0], -1, -1, -1)
+        if windowed:
+            # Windows made before the decoder count columns, of which a tree has more than places.
+            own = torch.zeros_like(own) if own.is_floating_point() else torch.ones_like(own)
         return torch.cat([mask[..., :-query].expand(sees.shape[0], -1, -1, -1), hide(own, ~sees[:, None])], dim=-1)
     visible = torch.nn.functional.pad(sees, (stored, 0), value=True)
     if mask is not None:

@@ -13,8 +13,9 @@ from mmfast.adapters.cache import LogicalLayer
 from mmfast.kv.base import Packed, Packer
 from mmfast.kv.entries import Entries
 
-_LEAST = 32
-"""Generated tokens are packed so many at a time: a block each would take longer to read than to attend to."""
+_LEAST = 8
+"""Generated tokens are packed so many at a time: a block each would take longer to read than to attend to, and
+drafted tokens are read in one forward only where nothing is packed between them."""
 
 _BOOKS = (
     "seen",
@@ -37,6 +38,8 @@ _BOOKS = (
     "device",
     "is_initialized",
 )
+_FAR = 64
+"""More tokens than this are never drafted at once."""
 
 
 @dataclass
@@ -173,7 +176,7 @@ class PackedLayer(LogicalLayer):
             for side in _SIDES:
                 own = row[side]
                 due = self.packer.due(own.loose.shape[1], side)
-                if due >= min(_LEAST, max(1, self.packer.residual)):
+                if due >= _LEAST:
                     own.pack(self.packer, due, side, None)
 
     def keep_block(self, query: int, places: Tensor, real: Tensor | None) -> None:
@@ -196,12 +199,11 @@ class PackedLayer(LogicalLayer):
 
     def room(self) -> int | None:
         """Say how many tokens may come before the next are packed, which the one after would see."""
-        least = min(_LEAST, max(1, self.packer.residual))
         counts = []
         for row in self._rows:
             for side in _SIDES:
                 loose, count = row[side].loose.shape[1], 1
-                while count < _LEAST and self.packer.due(loose + count, side) < least:
+                while count < _FAR and self.packer.due(loose + count, side) < _LEAST:
                     count += 1
                 counts.append(count)
         return min(counts, default=None)

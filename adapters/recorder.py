@@ -31,7 +31,7 @@ class Recorder:
         self._selection: list[tuple[Any, Any]] = []
         self._prefill: tuple[Any, Any] | None = None
         self._vision_inside = 0
-        self._steps = 0
+        self.steps = 0
         self._last_step: Any = None
         self._begin: Any = None
         self._inner: Inner | None = None
@@ -54,7 +54,7 @@ class Recorder:
         """Start a new prompt."""
         if self._prefill is not None:
             self._vision = []
-        self._selection, self._prefill, self._steps, self._last_step = [], None, 0, None
+        self._selection, self._prefill, self.steps, self._last_step = [], None, 0, None
         self._vision_inside = 0
         self._inner, self._levels, self._kv_bytes = None, [], 0
         self._reread, self.reread = self.reread, 0
@@ -63,7 +63,7 @@ class Recorder:
     def begin_step(self) -> None:
         """Start a forward pass that continues a prompt."""
         if self._begin is None:
-            self._steps += 1
+            self.steps += 1
 
     def end_call(self, *, prefill: bool, cache: Any) -> None:
         """End a forward pass of the outer model, which left this cache behind."""
@@ -127,7 +127,7 @@ class Recorder:
             visual = sum(item.entered for item in report.media if item.row == row)
             report.text_tokens.append(entered_tokens - visual)
         report.seconds = self._seconds()
-        report.decode_steps = self._steps
+        report.decode_steps = self.steps
         report.kv_bytes = self._kv_bytes
         report.reread_tokens = self._reread
         report.kv_value_bytes = self.adapter.decoder.dtype.itemsize

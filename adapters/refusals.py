@@ -164,14 +164,17 @@ def _check_drafting(adapter: Adapter, plan: Plan) -> None:
             f"method {drafter.name!r} {'drafts trees' if drafter.trees else 'drafts'}, for which attention "
             f"implementation {implementation!r} has no mask; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    going_on = next(
-        (method for method in plan.at("cache") if isinstance(method, Evictor | Forgetter) and method.decodes), None
-    )
-    if going_on is not None:
-        raise ValueError(
-            f"method {going_on.name!r} evicts after every generated token, so that drafted tokens cannot be read in "
-            f"one forward; use an eviction that ends with the prompt, or leave {drafter.name!r} out"
-        )
+    for method in plan.methods:
+        if isinstance(method, Evictor | Forgetter) and method.decodes:
+            raise ValueError(
+                f"method {method.name!r} evicts after every generated token, so that drafted tokens cannot be read in "
+                f"one forward; use an eviction that ends with the prompt, or leave {drafter.name!r} out"
+            )
+        if isinstance(method, LayerBypass) and method.routes_decode:
+            raise ValueError(
+                f"method {method.name!r} lets generated tokens go around layers one by one, so that drafted tokens "
+                f"cannot be read in one forward; leave one of {method.name!r} and {drafter.name!r} out"
+            )
 
 
 def _check_reading(dropper: LayerDropper, bypass: LayerBypass, depth: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmfast.adapters.call import Block, Inner
 from mmfast.adapters.masks import gather_positions
+from mmfast.adapters.self_draft import SelfDraft, VisualScores
 from mmfast.speculative.base import Draft, Prefill
 from mmfast.speculative.decode import Outcome
 from mmfast.speculative.tree import ancestors, depths
@@ -63,6 +64,38 @@ class ModelRounds:
         self.added: list[int] = []
         self._query = 0
         self._columns = 0
+        self.scores: VisualScores | None = None
+
+    # ------------------------------------------------------------------- drafting
+
+    @property
+    def seen(self) -> int:
+        """Logical tokens of the prompt, earlier turns included."""
+        return self._seen
+
+    @property
+    def prompt(self) -> Inner:
+        """The call that brought the prompt."""
+        if self.read is None:
+            raise RuntimeError("no prompt has been read")
+        return self.read.inner
+
+    def itself(self) -> SelfDraft:
+        """Let the model draft between its rounds, in its own cache."""
+        return SelfDraft(self)
+
+    def beside(self, cache: Any) -> ModelRounds:
+        """Go on from the same prompt with another cache, which has to be told of all that is accepted."""
+        other = ModelRounds(self.binding, cache)
+        other.read, other._start, other._seen, other.added = self.read, self._start, self._seen, list(self.added)
+        other.scores, other._columns = self.scores, self._columns
+        return other
+
+    def grown(self, added: Sequence[int], columns: int) -> None:
+        """Note that the cache has been given tokens, so that each row has ``added`` now."""
+        self.added = list(added)
+        self._columns += columns
+        self._tidy()
 
     # ------------------------------------------------------------------ listening
 
@@ -71,6 +104,8 @@ class ModelRounds:
         if inner.block is None:
             asked = inner.tables["asked positions"]
             self.read = _Read(inner, kwargs["inputs_embeds"], kwargs["position_ids"], asked)
+            if self.scores is not None:
+                self.scores.arm(inner)
 
     def left(self, inner: Inner, output: Any) -> None:
         """Note the last hidden states."""
@@ -226,13 +261,17 @@ class ModelRounds:
                 if book is not None and book.trail:
                     book.memory, book.trail = book.trail[path[-1]], []
         self._columns += width
-        if self._columns * (1 - _HOLES) > max(self.added) + 1 and self._columns > 64:
-            self._close_up()
+        self._tidy()
 
     def room(self) -> int | None:
         """Say how many tokens one forward may take; None for any number."""
         rooms = [room for layer in self.cache.layers if (room := layer.room()) is not None]
         return min(rooms, default=None)
+
+    def _tidy(self) -> None:
+        """Close the holes where there are many."""
+        if self._columns * (1 - _HOLES) > max(self.added) + 1 and self._columns > 64:
+            self._close_up()
 
     def _close_up(self) -> None:
         """Move what each row has stored together."""

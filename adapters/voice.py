@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ _WITHOUT_MEMORY = (
     TopPLogitsWarper,
     MinPLogitsWarper,
 )
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """Return a processor that knows how long the padding of each row is for one row alone."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor) or ignored.shape[0] == 1:
+        return processor
+    own = copy(processor)
+    own.prompt_ignore_length = ignored[row : row + 1]
+    return own
 
 
 class AnswerVoice:
@@ -64,7 +75,8 @@ class AnswerVoice:
         room = max(self._limit, self._prompt + 1)
         self._ids = torch.cat([ids, ids.new_zeros(batch, room - self._prompt)], dim=1)
         self._lengths = [self._prompt] * batch
-        self._processors, self._sampling, self._streamer = processors, bool(config.do_sample), streamer
+        self._processors = [[_of_row(processor, row) for processor in processors] for row in range(batch)]
+        self._sampling, self._streamer = bool(config.do_sample), streamer
         self._stops: set[int] = set()
         self._criteria = []
         for criterion in criteria:
@@ -96,8 +108,8 @@ class AnswerVoice:
         scores = logits[None].to(copy=True, dtype=torch.float32, device=self._ids.device)
         if self.logits is not None:
             self.logits[row].append(scores.clone())
-        if len(self._processors):
-            scores = self._processors(self._ids[row : row + 1, : self._lengths[row]], scores)
+        for processor in self._processors[row]:
+            scores = processor(self._ids[row : row + 1, : self._lengths[row]], scores)
         if self.scores is not None:
             self.scores[row].append(scores)
         return scores
@@ -114,7 +126,7 @@ class AnswerVoice:
         scores = logits[None].to(copy=True, dtype=torch.float32, device=self._ids.device)
         so_far = self._ids[row : row + 1, : self._lengths[row]]
         so_far = torch.cat([so_far, so_far.new_tensor([list(drafted)])], dim=1)
-        for processor in self._processors:
+        for processor in self._processors[row]:
             if type(processor) in _WITHOUT_MEMORY:
                 scores = processor(so_far, scores)
         scores[:, list(self.excluded)] = -torch.inf

@@ -255,7 +255,8 @@ class Report:
         work: per row, what each decoder layer worked on.
         seconds: phase -> seconds; the phases are :data:`PHASES`.
         decode_steps: forward passes after the prefill.
-        kv_bytes: bytes of the key/value cache after the prefill, measured; 0 without a cache.
+        kv_bytes: bytes of the key/value cache after the prefill, measured; of a static cache those of its buffers,
+            room for tokens to come included. 0 without a cache.
         kv_value_bytes: bytes of one cached value.
         peak_bytes: peak memory so far of the device (CUDA) or of the whole process (CPU).
         comparison: a side-by-side measurement, if one was made.

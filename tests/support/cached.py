@@ -345,7 +345,7 @@ class _Run:
         for side, name, states in (("key", "keys", key), ("value", "values", value)):
             loose = places[state.loose[side] :]
             due = self.packer.due(len(loose), side)
-            if due >= min(32, max(1, self.packer.residual)):
+            if due >= 8:
                 states[:, loose[:due]] = self.packer.pack(states[:, loose[:due]], side, None).restore()
                 state.loose[side] += due
                 setattr(state, name, states[:, : int(loose[due - 1]) + 1].clone())
