@@ -2,15 +2,17 @@
 
     python tests/check_golden.py DIR
 
-DIR holds one folder per registry name with ``.npz`` files of inputs and expected outputs. One line is
-printed per file; the exit status is 1 if any file does not match. A folder is checked by the function
-``check(case)`` of ``golden_checkers/<name>.py``, which raises AssertionError on a mismatch.
+DIR holds folders of files with inputs and expected outputs: one per registry name with ``.npz`` files, each
+checked by the function ``check(case)`` of ``golden_checkers/<folder>.py``, and folders of ``.json`` files that
+differ in kind, each checked by the one of ``golden_checkers/<folder>/<file>.py``. A check raises AssertionError
+on a mismatch. One line is printed per file; the exit status is 1 if any file does not match.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +20,32 @@ from typing import Any
 
 import numpy as np
 
-Case = dict[str, np.ndarray]
+Case = Any  # a dict of arrays, or whatever a json file holds
 _CHECKERS = Path(__file__).parent / "golden_checkers"
 
 
-def checker(name: str) -> Callable[[Case], None] | None:
-    """Load the checker of a folder, or None if there is none."""
-    path = _CHECKERS / f"{name}.py"
-    if not path.is_file():
+def checker(path: Path) -> Callable[[Case], None] | None:
+    """Load the checker of a vector file, or None if there is none."""
+    kind = Path(path.parent.name, path.stem) if path.suffix == ".json" else Path(path.parent.name)
+    source = _CHECKERS / f"{kind}.py"
+    if not source.is_file():
         return None
-    spec = importlib.util.spec_from_file_location(f"golden_checkers_{name}", path)
+    spec = importlib.util.spec_from_file_location("_".join(("golden_checkers", *kind.parts)), source)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded")
+        raise ImportError(f"{source} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     found: Callable[[Case], None] = module.check
     return found
+
+
+def load(path: Path) -> Case:
+    """Read the inputs and expected outputs of a vector file."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def files(root: Path) -> list[Path]:
@@ -48,13 +59,11 @@ def check_file(path: Path) -> tuple[str, str]:
     Returns:
         ``"passed"``, ``"failed"`` or ``"no checker"``, and what was found.
     """
-    check = checker(path.parent.name)
+    check = checker(path)
     if check is None:
         return "no checker", ""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            case: Case = {name: arrays[name] for name in arrays.files}
-        check(case)
+        check(load(path))
     except AssertionError as error:
         return "failed", " ".join(str(error).split())[:200] or "mismatch"
     except Exception as error:  # an unreadable file or a crash is a failure of that file, not of the run
@@ -65,7 +74,7 @@ def check_file(path: Path) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Run the checks and print the result."""
     parser = argparse.ArgumentParser(description="Check golden vectors against the installed package.")
-    parser.add_argument("directory", type=Path, help="folder with one sub-folder per registry name")
+    parser.add_argument("directory", type=Path, help="folder with sub-folders of vector files")
     root: Path = parser.parse_args(argv).directory
     if not root.is_dir():
         parser.error(f"{root} is no folder")

@@ -29,24 +29,6 @@ class Outcome:
     hidden: Tensor
 
 
-class _Over(Exception):
-    """An answer has ended inside a draft."""
-
-
-def _path(draft: Draft, emitted: Sequence[int]) -> tuple[int, ...]:
-    """Return the root and the nodes of all tokens given out but the last, whose keys nobody needs."""
-    path = [0]
-    for token in emitted[:-1]:
-        path.append(
-            next(
-                node
-                for node, (parent, own) in enumerate(zip(draft.tree()[1:], draft.tokens, strict=True), start=1)
-                if (parent, own) == (path[-1], token)
-            )
-        )
-    return tuple(path)
-
-
 class Target(Protocol):
     """The model that verifies."""
 
@@ -194,37 +176,26 @@ class Rounds:
             The accepted nodes but the last one given out, the tokens, and whether the answer has ended.
         """
         emitted: list[int] = []
+        over = False
 
-        def give(token: int) -> None:
+        def ended(token: int) -> bool:
+            nonlocal over
             emitted.append(token)
-            if self.voice.emit(row, token):
-                raise _Over
+            over = self.voice.emit(row, token)
+            return over
 
         def choose(node: int, tokens: tuple[int, ...]) -> int:
-            token = self.voice.choose(row, logits[node]) if best is None else best[node]
-            give(token)
-            return token
+            return self.voice.choose(row, logits[node]) if best is None else best[node]
 
         def law(node: int, tokens: tuple[int, ...]) -> Tensor:
-            # Asked for what follows them, the model has accepted these.
-            for token in tokens[len(emitted) :]:
-                give(token)
             return self.voice.law(row, logits[node])
 
         def uniform() -> float:
             generator = self.request.generator[row]
             return float(torch.rand((), generator=generator, device=generator.device))
 
-        try:
-            if draft.laws is None:
-                path = walk(draft, choose).path
-            else:
-                accepted = reject(draft, law, uniform)
-                path = accepted.path
-                give(accepted.token)
-        except _Over:
-            return _path(draft, emitted), tuple(emitted), True
-        return path, tuple(emitted), False
+        accepted = walk(draft, choose, ended) if draft.laws is None else reject(draft, law, uniform, ended)
+        return accepted.path, tuple(emitted), over
 
     def _note(
         self, drafts: Mapping[int, Draft], verified: Mapping[int, Verified], drafting: float, verifying: float

@@ -30,8 +30,11 @@ def test_golden_vector(path: Path) -> None:
 
 
 def test_every_checker_has_vectors() -> None:
-    checkers = {path.stem for path in (TESTS / "golden_checkers").glob("*.py")}
-    assert checkers == {path.name for path in (TESTS / "golden").iterdir()}
+    of_folders = {(path.stem,) for path in (TESTS / "golden_checkers").glob("*.py")}
+    of_files = {(path.parent.name, path.stem) for path in (TESTS / "golden_checkers").glob("*/*.py")}
+    vectors = SCRIPT.files(TESTS / "golden")
+    assert of_folders == {(path.parent.name,) for path in vectors if path.suffix == ".npz"}
+    assert of_files == {(path.parent.name, path.stem) for path in vectors if path.suffix == ".json"}
 
 
 def test_a_wrong_vector_fails_and_an_unknown_one_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +46,28 @@ def test_a_wrong_vector_fails_and_an_unknown_one_is_counted(tmp_path: Path, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "0 passed, 2 failed, 1 without a checker"
     assert len(lines) == 4
+
+
+def test_a_json_file_is_checked_by_the_checker_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkers, vectors = tmp_path / "checkers", tmp_path / "vectors"
+    for folder in (checkers / "several", vectors / "several"):
+        folder.mkdir(parents=True)
+    (checkers / "several" / "sums.py").write_text(
+        "def check(case):\n    assert sum(case['of']) == case['is'], 'another sum'\n", encoding="utf-8"
+    )
+    (checkers / "several.py").write_text("def check(case):\n    raise AssertionError\n", encoding="utf-8")
+    monkeypatch.setattr(SCRIPT, "_CHECKERS", checkers)
+    vector = vectors / "several" / "sums.json"
+
+    vector.write_text('{"of": [1, 2], "is": 3}', encoding="utf-8")
+    assert SCRIPT.check_file(vector) == ("passed", "")
+    vector.write_text('{"of": [1, 2], "is": 4}', encoding="utf-8")
+    assert SCRIPT.check_file(vector) == ("failed", "another sum")
+    vector.write_text("no json", encoding="utf-8")
+    result, detail = SCRIPT.check_file(vector)
+    assert (result, detail.split(":")[0]) == ("failed", "JSONDecodeError")
+    (vectors / "several" / "products.json").write_text("{}", encoding="utf-8")
+    assert SCRIPT.main([str(vectors)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 1 failed, 1 without a checker"
