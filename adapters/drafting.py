@@ -16,8 +16,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from mmfast.adapters.cache import is_logical
+from mmfast.adapters.companion import TextCompanion, VisionCompanion
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.rounds import ModelRounds
+from mmfast.adapters.self_draft import VisualScores
 from mmfast.adapters.voice import AnswerVoice
 from mmfast.report import Drafting
 from mmfast.speculative.adaptive import Adaptive
@@ -37,10 +39,13 @@ class DraftingRunner:
     Args:
         binding: the plan at work on the model.
         drafter: its drafter.
+        companion: the second model that drafts, if any.
     """
 
-    def __init__(self, binding: Binding, drafter: Drafter) -> None:
-        self.binding, self.drafter = binding, drafter
+    def __init__(
+        self, binding: Binding, drafter: Drafter, companion: VisionCompanion | TextCompanion | None = None
+    ) -> None:
+        self.binding, self.drafter, self.companion = binding, drafter, companion
         self.adapter = binding.adapter
         self.memory: dict[str, Any] = {}
         self._adaptive: dict[int, Adaptive] = {}
@@ -48,8 +53,14 @@ class DraftingRunner:
         self._streamer: Any = None
 
     def attach(self, ledger: Ledger) -> None:
-        """Wrap the model's ``generate``."""
+        """Wrap the model's ``generate``, and put the plan of a second model to work."""
+        if self.companion is not None:
+            self.companion.attach(ledger)
         ledger.set_attribute(self.adapter.model, "generate", self._wrapped(self.adapter.model.generate))
+
+    def go_on_from(self, before: DraftingRunner) -> None:
+        """Take over what the same drafter has learnt before."""
+        self.memory, self._adaptive = before.memory, before._adaptive
 
     def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
@@ -64,6 +75,9 @@ class DraftingRunner:
             self._streamer = kwargs.get("streamer")
             _take_stop_strings(kwargs)
             self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            ids = args[0] if args else self._inputs.pop("inputs", None)
+            if isinstance(ids, Tensor):
+                self._inputs["input_ids"] = ids
             try:
                 return original(*args, custom_generate=self._decode, **kwargs)
             finally:
@@ -115,6 +129,8 @@ class DraftingRunner:
         if not is_logical(cache):
             self.binding.adopt(cache, mask)
         rounds = ModelRounds(self.binding, cache)
+        if self.drafter.reads_attention:
+            rounds.scores = VisualScores(self.adapter)
         record = self.binding.recorder.drafting = Drafting()
         try:
             prompt = rounds.prefill(
@@ -212,6 +228,7 @@ class DraftingRunner:
             head=head,
             model=rounds if self.drafter.needs_model else None,
             inputs=self._inputs,
+            companion=self.companion,
         )
 
     def _excluded(self, config: Any) -> frozenset[int]:

@@ -23,6 +23,7 @@ def accelerate(
     replace: bool = False,
     clip: ClipTower | None = None,
     on_new_turn: Literal["reuse", "reselect"] = "reuse",
+    draft_model: nn.Module | None = None,
 ) -> Accelerated:
     """Make a vision-language model faster, in place and reversibly.
 
@@ -39,6 +40,8 @@ def accelerate(
             ``"reuse"`` goes on from what the first question left; ``"reselect"`` reads the conversation again
             from features that were kept aside, without encoding, so that the new question chooses. The report
             says what that cost. It takes effect in ``generate()`` with the cache of the turn before.
+        draft_model: a smaller model, for plans with ``assistant`` or ``text_draft``, in which it drafts. Nothing is
+            left on it after :meth:`Accelerated.remove`.
 
     Returns:
         A handle that is also a context manager.
@@ -60,7 +63,15 @@ def accelerate(
 
     check_choice("on_new_turn", on_new_turn, ["reuse", "reselect"])
     reselect = on_new_turn == "reselect"
-    return Accelerated(model, Plan.of(plan), for_model(model), replace=replace, clip=clip, reselect=reselect)
+    return Accelerated(
+        model,
+        Plan.of(plan),
+        for_model(model),
+        replace=replace,
+        clip=clip,
+        reselect=reselect,
+        draft_model=draft_model,
+    )
 
 
 class Accelerated:
@@ -80,12 +91,13 @@ class Accelerated:
         replace: bool = False,
         clip: ClipTower | None = None,
         reselect: bool = False,
+        draft_model: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
         self._adapter = adapter
         self._comparison: Comparison | None = None
-        self._options = {"clip": clip, "reselect": reselect}
+        self._options = {"clip": clip, "reselect": reselect, "draft_model": draft_model}
         self._binding = adapter.bind(plan, replace=replace, **self._options)
 
     @property
@@ -150,11 +162,14 @@ class Accelerated:
         if self._binding is None:
             yield self.model
             return
+        before = self._binding
         self.remove()
         try:
             yield self.model
         finally:
             self._binding = self._adapter.bind(self.plan, **self._options)
+            if self._binding.drafting is not None:
+                self._binding.drafting.go_on_from(before.drafting)
 
     def __enter__(self) -> Accelerated:
         return self

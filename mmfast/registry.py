@@ -87,12 +87,19 @@ class MethodInfo:
 
     @property
     def turns(self) -> str:
-        """What later turns of a chat see: ``any question``, or what the ``first question`` left."""
+        """What later turns of a chat see: ``any question``, or what the ``first question`` left; nothing for drafters."""
+        if self.stage == "decode":
+            return ""
         return "first question" if self.reads_question else "any question"
 
     @property
     def positions(self) -> str:
-        """The position policies: ``keep`` and, where the model allows it, ``compact``; the default first."""
+        """The position policies: ``keep`` and, where the model allows it, ``compact``; the default first.
+
+        Drafters take nothing out and have none.
+        """
+        if self.stage == "decode":
+            return ""
         if "positions" not in self.options:
             return "keep"
         default = self.options["positions"] or ("compact" if self.stage == "before_llm" else "keep")

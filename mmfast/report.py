@@ -117,6 +117,11 @@ class Comparison:
         """Baseline over accelerated time of the whole call; above 1 is faster."""
         return self.baseline.total / self.accelerated.total
 
+    @property
+    def decode_ratio(self) -> float:
+        """Baseline over accelerated time per token after the first; above 1 is faster."""
+        return self.baseline.per_token / self.accelerated.per_token if self.accelerated.per_token else 1.0
+
     def verdict(self, *, with_setting: bool = True) -> str:
         """Say plainly whether the plan paid.
 
@@ -130,8 +135,8 @@ class Comparison:
                 f"({self.accelerated.total:.3f} s against {self.baseline.total:.3f} s{setting})."
             )
         return (
-            f"{ratio:.2f}x faster end to end, {self.prefill_ratio:.2f}x to the first token "
-            f"(median of {self.repeats}{setting})."
+            f"{ratio:.2f}x faster end to end, {self.prefill_ratio:.2f}x to the first token, "
+            f"{self.decode_ratio:.2f}x per token after it (median of {self.repeats}{setting})."
         )
 
 

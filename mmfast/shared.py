@@ -205,7 +205,8 @@ def asked_ids(
 
 def _refuse_decoding(plan: Plan) -> None:
     for method in plan.methods:
-        if getattr(method, "decodes", False) or getattr(method, "routes_decode", False):
+        acts = getattr(method, "decodes", False) or getattr(method, "routes_decode", False)
+        if acts or method.stage == "decode":
             raise ValueError(
                 f"method {method.name!r} acts at every decode step, which a shared context does without the plan; use "
                 "a method that acts on the prompt alone"
