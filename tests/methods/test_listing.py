@@ -11,6 +11,7 @@ import pytest
 
 import mmfast
 from mmfast.kv.base import Adjuster, Evictor, Forgetter, Packer, Retriever
+from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import SIGNALS, BeforeLLM, Method
 from mmfast.token_pruning.encoder_base import GROUPS
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -24,9 +25,10 @@ KINDS = {
     "eviction": (Evictor, Adjuster, Forgetter),
     "retrieval": Retriever,
     "packing": Packer,
+    "drafters": Drafter,
 }
 """Folder -> what the methods in it are."""
-FUNCTIONS = {"hydragen"}
+FUNCTIONS = {"hydragen", "speculative"}
 """Vectors of functions that are no methods."""
 
 every = pytest.mark.parametrize("info", METHODS, ids=case_id)
@@ -59,7 +61,7 @@ def test_every_folder_of_vectors_belongs_to_a_method() -> None:
 def test_the_name_is_that_of_the_file(info: mmfast.MethodInfo) -> None:
     assert Path(inspect.getfile(info.method)).stem == info.name
     folder = Path(inspect.getfile(info.method)).parent.name
-    assert info.stage in (folder, "cache")
+    assert info.stage == {"drafters": "decode"}.get(folder, folder) or info.stage == "cache"
     assert issubclass(info.method, KINDS[folder])
 
 

@@ -64,6 +64,8 @@ ALLOWED: dict[str, set[str]] = {
 DOORS = {
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
+    # The rendered world is what the embedded model, and heads for it, are trained on.
+    ("training", "eval"): {"Shapes"},
     ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }
 

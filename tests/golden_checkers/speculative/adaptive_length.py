@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmfast.speculative.adaptive import best, goodput_table, heuristic_length, stop_length
+from mmfast.speculative.goodput import best, goodput_table, heuristic_length, stop_length
 
 
 def check(case: dict[str, Any]) -> None:
@@ -16,7 +16,10 @@ def check(case: dict[str, Any]) -> None:
         assert length == one["expected"]["draft_length"], one
 
     for one in case["goodput"]:
-        table, expected = goodput_table(one["alpha"], one["draft_cost_ratio"], one["verify_cost_ratio"]), one["expected"]
+        table, expected = (
+            goodput_table(one["alpha"], one["draft_cost_ratio"], one["verify_cost_ratio"]),
+            one["expected"],
+        )
         for entry, wanted in zip(table, expected["table"], strict=True):
             found = {
                 "k": entry.length,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmfast.speculative.drafters.swift import SkipSearch, candidate_widths, initial_skips, searched_sublayers
+from mmfast.speculative.drafters.swift import candidate_widths
+from mmfast.speculative.skipping import SkipSearch, initial_skips, searched_sublayers
 
 
 def check(case: dict[str, Any]) -> None:
