@@ -353,7 +353,9 @@ class Adapter:
 
         return Stream(self, evictor, budget)
 
-    def bind(self, plan: Plan, *, replace: bool = False, clip: Any = None, reselect: bool = False) -> Binding:
+    def bind(
+        self, plan: Plan, *, replace: bool = False, clip: Any = None, reselect: bool = False, draft_model: Any = None
+    ) -> Binding:
         """Put a plan to work on the model.
 
         Args:
@@ -361,13 +363,14 @@ class Adapter:
             replace: take off a plan that is at work already.
             clip: a :class:`mmfast.ClipTower` for methods that want one.
             reselect: let a new question of a conversation choose anew.
+            draft_model: a smaller model, for drafters that want one.
 
         Raises:
             ValueError: if the model cannot do what the plan asks for; it is untouched then.
         """
         from mmfast.adapters.binding import Binding
 
-        return Binding(self, plan, replace=replace, clip=clip, reselect=reselect)
+        return Binding(self, plan, replace=replace, clip=clip, reselect=reselect, draft_model=draft_model)
 
     def check(self) -> None:
         """Refuse models whose parts are not where they are expected.

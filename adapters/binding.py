@@ -20,6 +20,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
 from mmfast.adapters.call import Block, Inner, Level, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.clip import ClipReader, ClipTower, check_clip
+from mmfast.adapters.companion import companion_of
 from mmfast.adapters.drafting import DraftingRunner
 from mmfast.adapters.encoder import settled
 from mmfast.adapters.features import FeatureWatch
@@ -74,6 +75,7 @@ class Binding:
         replace: detach a plan that is at work on the model.
         clip: a CLIP model, for methods that want one.
         reselect: let a new question choose anew where the plan reads questions.
+        draft_model: a smaller model, for drafters that want one.
 
     Raises:
         ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
@@ -88,6 +90,7 @@ class Binding:
         replace: bool = False,
         clip: ClipTower | None = None,
         reselect: bool = False,
+        draft_model: nn.Module | None = None,
     ) -> None:
         plan = settled(adapter, plan)
         check_clip(adapter, plan, clip)
@@ -110,6 +113,8 @@ class Binding:
         self.recorder = Recorder(adapter, plan)
         self.turns = Turns(adapter, self.recorder) if reselect and plan.reads_question else None
         refuse_impossible(adapter, plan)
+        drafter: Drafter | None = only(plan, "decode", Drafter)
+        companion = companion_of(adapter, drafter, draft_model)
         self.calibrates = calibrates(adapter, plan)
         self.features = FeatureWatch(adapter, plan, self.before, self.recorder, self.turns, lambda: self.outer)
         running = active_on(adapter.model)
@@ -120,7 +125,7 @@ class Binding:
                     "or pass replace=True"
                 )
             running.detach()
-        for inside in (self.dropper, self.bypass):
+        for inside in (self.dropper, self.bypass, drafter):
             notice = "" if inside is None else inside.notice(adapter.shape.layers)
             if inside is not None and notice:
                 warnings.warn(f"method {inside.name!r}: {notice}", stacklevel=5)
@@ -128,8 +133,7 @@ class Binding:
         cuts = self.dropper is not None and bool(self.dropper.truncations(adapter.shape.layers))
         kept = tuple(method for method in plan.at("cache") if isinstance(method, CacheMethod))
         self.kv = CacheRunner(adapter, kept, self.recorder, late=cuts)
-        drafter: Drafter | None = only(plan, "decode", Drafter)
-        self.drafting = None if drafter is None else DraftingRunner(self, drafter)
+        self.drafting = None if drafter is None else DraftingRunner(self, drafter, companion)
         try:
             self._attach()
         except BaseException:
@@ -184,7 +188,7 @@ class Binding:
     @property
     def _reads_attention(self) -> bool:
         """Whether the decoder has to attend through the tap in some call."""
-        if self.kv.reads_attention:
+        if self.kv.reads_attention or (self.drafting is not None and self.drafting.drafter.reads_attention):
             return True
         if self.dropper is not None and any(self.dropper.request(event) for event in self.events.values()):
             return True

@@ -192,6 +192,9 @@ class PackedLayer(LogicalLayer):
             stay = places[index].cpu() if real is None else places[index].cpu()[real[index].cpu()]
             stay = (stood.cumsum(0) - 1)[stay]
             count = int(stood.sum())
+            if len(stay) == count:
+                # All stay, and may have been packed by now.
+                continue
             for side in row.values():
                 past = side.loose.shape[1] - count
                 own = side.loose[:, past:][:, stay.to(side.loose.device)]

@@ -263,6 +263,20 @@ class ModelRounds:
         self._columns += width
         self._tidy()
 
+    def settle(self, width: int, paths: Mapping[int, Sequence[int]]) -> None:
+        """Keep some of the last ``width`` tokens, which several forwards brought.
+
+        Args:
+            width: tokens since the last call of this.
+            paths: row -> places of what stays among them, ascending.
+        """
+        for layer in self.cache.layers:
+            for book in layer.prompts or []:
+                if book is not None:
+                    book.trail = []
+        self._query = width
+        self.accept(paths)
+
     def room(self) -> int | None:
         """Say how many tokens one forward may take; None for any number."""
         rooms = [room for layer in self.cache.layers if (room := layer.room()) is not None]

@@ -19,9 +19,9 @@ from mmfast.adapters.media import FEATURE_KEYS
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.static import renewed_layers
 
-_BESIDE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "image_sizes", "pixel_attention_mask")
+BESIDE = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "image_sizes", "pixel_attention_mask")
 """Inputs that go with pixel values; what else depends on the family is found by its shape."""
-_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 """Inputs that say something of each token; text that follows gets zeros."""
 
 
@@ -54,11 +54,11 @@ class Turns:
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("past_key_values")
-            media = {name: kwargs[name] for name in (*FEATURE_KEYS, *_BESIDE) if kwargs.get(name) is not None}
+            media = {name: kwargs[name] for name in (*FEATURE_KEYS, *BESIDE) if kwargs.get(name) is not None}
             if self._follows(cache):
                 kwargs = self._again(cache, media, args, kwargs)
             elif media:
-                beside = {name: kwargs[name] for name in _PER_TOKEN if kwargs.get(name) is not None}
+                beside = {name: kwargs[name] for name in PER_TOKEN if kwargs.get(name) is not None}
                 self._current = _Media({**media, **beside})
             try:
                 return original(*args, **kwargs)
@@ -82,7 +82,7 @@ class Turns:
         inputs = dict(known.inputs)
         for name, value in new.items():
             inputs[name] = torch.cat([inputs[name], value]) if name in inputs else value
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             given = kwargs.get(name, inputs.get(name))
             if given is not None:
                 inputs[name] = torch.nn.functional.pad(given, (0, ids.shape[1] - given.shape[1]))

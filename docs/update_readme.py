@@ -235,6 +235,26 @@ def _cache_speed(result: dict[str, Any]) -> str:
     return f"\n\n**Decode steps on a long cache** ({speed['setting']}; median of {speed['repeats']}):\n\n{table(rows)}"
 
 
+def shared_text() -> str:
+    """Describe what sharing one prompt between many questions saves."""
+    result = latest("shared-*.json")
+    own, machine = result["shared"], result["machine"]
+    seconds = own["seconds"]
+    answered = own["questions"] * (seconds["separate"] - seconds["prefill"])
+    return (
+        f"**{own['questions']} questions about one long prompt** ({own['setting']}; {own['question_tokens']} tokens a "
+        f"question, {own['new_tokens']} an answer; {machine['device']}, {machine['threads']} thread, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}, {machine['date']}; processor time, median of "
+        f"{own['repeats']}), by `python benchmarks/shared.py`: `SharedContext` reads the prompt in "
+        f"{seconds['read']:.1f} s and answers all questions in {seconds['answer']:.1f} s. The untouched model takes "
+        f"{seconds['separate']:.1f} s for one question, prompt and all, so {own['questions']} separate runs (scaled "
+        f"from {own['repeats']} measured ones) take **{own['speedup']:.1f}x** the time. Answering alone, without "
+        f"reading the prompt, is {own['answer_speedup']:.1f}x faster ({answered:.0f} s against "
+        f"{seconds['answer']:.1f} s). "
+        f"{own['equal_answers']:.0%} of the answers compared were equal."
+    )
+
+
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -246,7 +266,8 @@ def filled(page: str, name: str, content: str) -> str:
 def updated(page: str) -> str:
     """Return the page with every generated part renewed."""
     page = filled(page, "methods", method_table())
-    return filled(page, "measured", f"{speed_text()}\n\n{cost_text()}\n\n{accuracy_text()}\n\n{cache_text()}")
+    parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text())
+    return filled(page, "measured", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 import mmfast
 from mmfast.adapters import families, for_model
@@ -53,13 +54,19 @@ class Unharmed:
 
 @every_family
 @every_plan
-@pytest.mark.parametrize("kind", ["static", "offloaded"])
-def test_other_caches_are_refused(family: Family, plan: str, kind: str) -> None:
-    if kind == "static":
-        # transformers keeps such a cache on the model once one was asked for.
-        generate(family.model(), mixed(family).inputs, 2, cache_implementation=kind)
-    with Unharmed(family, plan) as model, pytest.raises(ValueError, match="needs a plain DynamicCache, got"):
-        generate(model, mixed(family).inputs, 2, cache_implementation=kind)
+def test_offloaded_caches_are_refused(family: Family, plan: str) -> None:
+    with Unharmed(family, plan) as model, pytest.raises(ValueError, match="got DynamicCache with offloading; leave"):
+        generate(model, mixed(family).inputs, 2, cache_implementation="offloaded")
+
+
+@every_family
+@every_plan
+def test_quantised_caches_are_refused(family: Family, plan: str) -> None:
+    """The packages that quantise are not needed to see what kind of cache it is."""
+    cache = QuantizedCache.__new__(QuantizedCache)
+    Cache.__init__(cache, layer_class_to_replicate=DynamicLayer)
+    with Unharmed(family, plan) as model, pytest.raises(ValueError, match=r"got QuantizedCache; .* such as kivi\(\)"):
+        generate(model, {**mixed(family).inputs, "past_key_values": cache}, 2)
 
 
 @every_family
