@@ -16,18 +16,21 @@ from mmfast.speculative.tree import path_to
 class Toy:
     """A recurrent stand-in for a model: hidden states depend on all tokens before, images included."""
 
-    def __init__(self, width: int = 16, vocabulary: int = 24, seed: int = 0) -> None:
+    def __init__(
+        self, width: int = 16, vocabulary: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> None:
         chance = torch.Generator().manual_seed(seed)
-        self.width, self.vocabulary = width, vocabulary
-        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary, bias=False)
+        self.width, self.vocabulary, self.dtype = width, vocabulary, dtype
+        self.embed = nn.Embedding(vocabulary, width, dtype=dtype)
+        self.head = nn.Linear(width, vocabulary, bias=False, dtype=dtype)
         for layer in (self.embed, self.head):
             layer.requires_grad_(False)
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=chance))
-        self.mix = torch.randn(width, width, generator=chance) / width**0.5
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=chance, dtype=dtype))
+        self.mix = torch.randn(width, width, generator=chance, dtype=dtype) / width**0.5
 
     def hidden(self, embeds: Tensor) -> Tensor:
         """Return the hidden states of a whole sequence, ``[n, D]``."""
-        state, found = torch.zeros(self.width), []
+        state, found = torch.zeros(self.width, dtype=self.dtype), []
         for embed in embeds:
             state = torch.tanh(0.6 * state @ self.mix + 0.7 * embed)
             found.append(state)
@@ -53,7 +56,7 @@ class Toy:
                 at += part
             else:
                 number, count = part
-                embeds.append(torch.randn(count, self.width, generator=chance))
+                embeds.append(torch.randn(count, self.width, generator=chance, dtype=self.dtype))
                 ids.append(torch.zeros(count, dtype=torch.int64))
                 media += [number] * count
                 steps = torch.arange(count)
@@ -79,7 +82,7 @@ class Toy:
             "law": lambda ids, logits: logits.float().softmax(dim=-1),
             "generator": [torch.Generator() for _ in prompts],
             "device": torch.device("cpu"),
-            "dtype": torch.float32,
+            "dtype": self.dtype,
             "prefill": tuple(prompts),
             "embed": self.embed,
             "head": self.head,
@@ -213,7 +216,9 @@ def tokens_per_forward(request: Request, drafter: Drafter, answer: Sequence[int]
         states = torch.full((len(tokens), hidden.shape[1]), torch.nan)
         states[path] = hidden[place : place + len(path)]
         emitted = tuple(answer[place + 1 : place + 1 + len(path)])
+        assert request.head is not None
         logits = torch.zeros(len(tokens), request.vocabulary)
+        logits[path] = request.head(states[path])
         session.observe({0: Verified(tokens, parents, tuple(path), emitted, logits, states)})
         place, rounds = place + len(path), rounds + 1
     return (len(answer) - 1) / rounds
