@@ -188,6 +188,7 @@ class DraftingRunner:
                 session,
                 request,
                 most=self.drafter.most,
+                trees=self.drafter.trees,
                 adaptive=self._controller(len(first)),
                 record=record,
                 synchronize=(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None),
@@ -206,7 +207,7 @@ class DraftingRunner:
     ) -> Request:
         model = self.adapter.model
         width = ids.shape[1]
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -width:].bool()
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - width :].bool()
         drawn = self.drafter.stochastic and bool(config.do_sample)
         seed = _state_of_chance(ids.device) if drawn else 0
         head = model.get_output_embeddings()

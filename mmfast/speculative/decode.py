@@ -70,6 +70,7 @@ class Rounds:
         session: the drafter's.
         request: the call.
         most: tokens a draft has at most.
+        trees: whether drafts branch.
         adaptive: chooses how many tokens to draft; None always drafts all.
         record: takes what happens.
         synchronize: waits for the device, so that times are those of the work.
@@ -83,12 +84,14 @@ class Rounds:
         request: Request,
         *,
         most: int,
+        trees: bool,
         adaptive: Adaptive | None,
         record: Drafting,
         synchronize: Callable[[], None],
     ) -> None:
         self.target, self.voice, self.session, self.request = target, voice, session, request
-        self.most, self.adaptive, self.record, self.synchronize = most, adaptive, record, synchronize
+        self.most, self.trees = most, trees
+        self.adaptive, self.record, self.synchronize = adaptive, record, synchronize
 
     def run(self, roots: Mapping[int, int]) -> None:
         """Go on until every row has ended.
@@ -115,8 +118,9 @@ class Rounds:
         room = self.target.room()
         self.budgets = budget = dict[int, int]()
         for row in roots:
-            # The model gives one token itself.
-            most = min(self.most, self.voice.left(row) - 1)
+            # The model gives one token itself; a tree may be wider than what is left is long.
+            left = self.voice.left(row) - 1
+            most = min(self.most, left) if not self.trees or left < 1 else self.most
             most = most if room is None else min(most, room - 1)
             if most > 0 and self.adaptive is not None:
                 most = min(most, self.adaptive.budget(row, most))

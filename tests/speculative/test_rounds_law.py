@@ -129,7 +129,7 @@ def test_law_of_whole_answers(kind: str, temperature: float) -> None:
         voice = TableVoice(generator, temperature)
         rounds = Rounds(
             TableTarget(table), voice, Guess(kind, guess, generator), request,
-            most=4, adaptive=None, record=record, synchronize=lambda: None,
+            most=4, trees=kind == "tree", adaptive=None, record=record, synchronize=lambda: None,
         )  # fmt: skip
         rounds.run({0: 2, 1: 2})
         for row, answer in voice.answers.items():
