@@ -198,7 +198,7 @@ class DraftingRunner:
 
     def _controller(self, rows: int) -> Adaptive | None:
         """Return what chooses the length of drafts; it is kept over calls and knows what they cost."""
-        if not self.drafter.adaptive:
+        if not self.drafter.adaptive_length:
             return None
         return self._adaptive.setdefault(rows, Adaptive(start=min(4, self.drafter.most)))
 

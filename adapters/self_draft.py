@@ -214,7 +214,7 @@ class SelfDraft:
         device = own.cache.layers[0].slots.device
         begin = torch.tensor(own.added, device=device) + own.seen
         for layer, other in zip(own.cache.layers, source.cache.layers, strict=True):
-            new = other.slots >= begin[:, None]
+            new = other.slots >= begin.to(other.slots.device)[:, None]
             order, real = pack(new if other.valid is None else new & other.valid)
             wanted = order[:, None, :, None]
             keys, values = (

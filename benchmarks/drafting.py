@@ -211,7 +211,7 @@ def drafter_row(
 ) -> dict[str, Any]:
     """Measure one drafter on one model: with drafts of full length, and with the length that pays."""
     name, _, own = plan.partition("(")
-    always = f"{name}(adaptive=False{', ' if own != ')' else ''}{own}"
+    always = f"{name}(adaptive_length=False{', ' if own != ')' else ''}{own}"
     row: dict[str, Any] = {"plan": plan, "equal": True}
     with mmfast.accelerate(copy.deepcopy(model), always, draft_model=second) as fast:
         records = []

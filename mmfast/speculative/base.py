@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +140,7 @@ class Request:
         head: the model's output layer, from last hidden states to logits.
         model: services of the model, for drafters that run it (see ``needs_model``).
         inputs: what ``generate`` was called with, for drafters that encode images themselves.
+        companion: the model that drafts, for drafters that want one (see ``companion`` of :class:`Drafter`).
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -159,6 +160,7 @@ class Request:
     head: nn.Module | None = None
     model: Any = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    companion: Any = None
 
 
 class Session(ABC):
@@ -225,12 +227,14 @@ class Drafter(Method):
     """Base of everything that drafts; a subclass is a frozen dataclass whose fields are its options.
 
     Attributes:
-        adaptive: draft as many tokens as pay by what rounds are seen to cost and to give, none where nothing does;
+        adaptive_length: draft as many tokens as pay by what rounds are seen to cost and to give, none where nothing does;
             False always drafts as many as possible.
         trees: whether it proposes trees, for which the model's attention needs a mask.
         stochastic: whether it draws its tokens, and gives the laws, where the call samples.
         needs_hidden: whether it reads last hidden states.
         needs_model: whether it runs the model itself.
+        companion: what kind of second model drafts, given to ``accelerate`` as ``draft_model``: ``"vision"`` for one
+            that reads images, ``"text"`` for any language model; empty for none.
     """
 
     kind: ClassVar[str] = "Drafter"
@@ -239,13 +243,19 @@ class Drafter(Method):
     stochastic: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
+    companion: ClassVar[Literal["", "vision", "text"]] = ""
 
-    adaptive: bool = field(default=True, kw_only=True)
+    adaptive_length: bool = field(default=True, kw_only=True)
 
     @property
     @abstractmethod
     def most(self) -> int:
         """Tokens it proposes at most in a round, the root not counted."""
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether it reads what the prompt attends to."""
+        return "attention" in self.needs
 
     @abstractmethod
     def start(self, request: Request) -> Session:

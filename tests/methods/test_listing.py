@@ -28,7 +28,7 @@ KINDS = {
     "drafters": Drafter,
 }
 """Folder -> what the methods in it are."""
-FUNCTIONS = {"hydragen", "speculative"}
+FUNCTIONS = {"hydragen", "kv_ragged_attention", "speculative"}
 """Vectors of functions that are no methods."""
 
 every = pytest.mark.parametrize("info", METHODS, ids=case_id)

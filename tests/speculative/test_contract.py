@@ -48,7 +48,7 @@ def four(family: Family) -> Batch:
 @cache
 def options_of(name: str, family: Family, folder: Path) -> tuple[str, Any]:
     """Return the options of a drafter in a plan, and its second model."""
-    options, second = ["adaptive=False"], None
+    options, second = ["adaptive_length=False"], None
     if name in HEADS:
         model = family.model()
         text = model.config.text_config
@@ -131,7 +131,7 @@ def test_defaults_with_a_length_that_pays(info: mmfast.MethodInfo, folder: Path)
     """The same tokens too while the length of drafts changes from round to round, in several calls."""
     family = FAMILIES["llava"]
     options, second = options_of(info.name, family, folder)
-    plan = f"{info.name}({options.removeprefix('adaptive=False').removeprefix(', ')})"
+    plan = f"{info.name}({options.removeprefix('adaptive_length=False').removeprefix(', ')})"
     model, batch = family.model(), one(family)
     expected = model.generate(**batch.inputs, max_new_tokens=40, do_sample=False)
     with mmfast.accelerate(model, plan, draft_model=second):

@@ -53,7 +53,7 @@ def drafted(model: Any, batch: Batch, known: list[list[int]], plan: str, **optio
 def test_same_tokens_on_every_family(family: Family, case: Any, shape: str) -> None:
     model, batch = family.model(), case(family)
     expected = plain(model, batch)
-    found, record = drafted(model, batch, answers(batch, expected), f"oracle(adaptive=False, {shape})")
+    found, record = drafted(model, batch, answers(batch, expected), f"oracle(adaptive_length=False, {shape})")
     assert torch.equal(found.sequences, expected.sequences)
     assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
     assert record.emitted == (STEPS - 1) * len(batch.rows)
@@ -71,7 +71,7 @@ def check_under_plan(family: Family, batch: Batch, plan: str, shape: str) -> Non
     model = family.model()
     with mmfast.accelerate(model, plan):
         expected = plain(model, batch)
-    found, record = drafted(model, batch, answers(batch, expected), f"{plan} + oracle(adaptive=False, {shape})")
+    found, record = drafted(model, batch, answers(batch, expected), f"{plan} + oracle(adaptive_length=False, {shape})")
     assert torch.equal(found.sequences, expected.sequences)
     assert record.accepted > 0
 
@@ -116,7 +116,7 @@ def test_logits_of_every_token(name: str, attention: str) -> None:
     expected = plain(model, batch, output_logits=True)
     for shape in ("num_draft=5", 'shape="tree"'):
         found, _ = drafted(
-            model, batch, answers(batch, expected), f"oracle(adaptive=False, {shape})", output_logits=True
+            model, batch, answers(batch, expected), f"oracle(adaptive_length=False, {shape})", output_logits=True
         )
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-5, rtol=0)
 
@@ -143,7 +143,7 @@ def test_same_seed_same_answer(case: Any, options: dict[str, Any], shape: str) -
     expected = plain(model, batch, do_sample=True, **options)
     torch.manual_seed(5)
     known = answers(batch, expected)
-    found, record = drafted(model, batch, known, f"oracle(adaptive=False, {shape})", do_sample=True, **options)
+    found, record = drafted(model, batch, known, f"oracle(adaptive_length=False, {shape})", do_sample=True, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert record.accepted > 0
 
@@ -167,7 +167,7 @@ def test_processors_see_what_they_would_see(options: dict[str, Any]) -> None:
     model, batch = family.model(), mixed(family)
     expected = plain(model, batch, **options)
     for shape in ("num_draft=5", 'shape="tree"'):
-        found, _ = drafted(model, batch, answers(batch, expected), f"oracle(adaptive=False, {shape})", **options)
+        found, _ = drafted(model, batch, answers(batch, expected), f"oracle(adaptive_length=False, {shape})", **options)
         assert torch.equal(found.sequences, expected.sequences)
 
 
@@ -193,7 +193,7 @@ def test_processor_with_memory_is_asked_once_per_token() -> None:
         model,
         batch,
         answers(batch, expected),
-        'oracle(adaptive=False, shape="tree")',
+        'oracle(adaptive_length=False, shape="tree")',
         logits_processor=LogitsProcessorList([second]),
     )
     assert torch.equal(found.sequences, expected.sequences)
@@ -239,7 +239,7 @@ def test_stops_inside_a_draft(shape: str, place: int) -> None:
     ):
         expected = plain(model, batch, **options)
         heard = Heard()
-        found, _ = drafted(model, batch, [tokens], f"oracle(adaptive=False, {shape})", streamer=heard, **options)
+        found, _ = drafted(model, batch, [tokens], f"oracle(adaptive_length=False, {shape})", streamer=heard, **options)
         assert torch.equal(found.sequences, expected.sequences)
         assert heard.tokens == expected.sequences[0].tolist()
         assert heard.ended
@@ -253,7 +253,9 @@ def test_rows_end_at_different_lengths(shape: str) -> None:
     known = answers(batch, plain(model, batch))
     ends = [known[0][3], known[1][9]]
     expected = plain(model, batch, eos_token_id=ends, pad_token_id=0)
-    found, _ = drafted(model, batch, known, f"oracle(adaptive=False, {shape})", eos_token_id=ends, pad_token_id=0)
+    found, _ = drafted(
+        model, batch, known, f"oracle(adaptive_length=False, {shape})", eos_token_id=ends, pad_token_id=0
+    )
     assert torch.equal(found.sequences, expected.sequences)
 
 
@@ -281,7 +283,10 @@ def test_cache_is_that_of_plain_decoding(name: str, plan: str, shape: str) -> No
     with mmfast.accelerate(model, plan.removesuffix(" + ") or "full"):
         expected = plain(model, batch)
         logits = again(expected)
-    with registered(answers(batch, expected)), mmfast.accelerate(model, f"{plan}oracle(adaptive=False, {shape})"):
+    with (
+        registered(answers(batch, expected)),
+        mmfast.accelerate(model, f"{plan}oracle(adaptive_length=False, {shape})"),
+    ):
         found = plain(model, batch)
         torch.testing.assert_close(again(found), logits, atol=2e-5, rtol=0)
 
@@ -306,7 +311,7 @@ def test_right_drafts_take_the_fewest_rounds() -> None:
     options = {"suppress_tokens": [0, model.config.image_token_id]}
     known = answers(batch, plain(model, batch, **options))
     for length in (1, 3, 7):
-        _, record = drafted(model, batch, known, f"oracle(adaptive=False, num_draft={length})", **options)
+        _, record = drafted(model, batch, known, f"oracle(adaptive_length=False, num_draft={length})", **options)
         assert record.rounds == -(-(STEPS - 1) // (length + 1))
         assert record.acceptance == [1.0] * len(record.acceptance)
         assert record.tokens_per_forward == pytest.approx((STEPS - 1) / record.rounds)
@@ -322,7 +327,7 @@ def test_stop_strings() -> None:
     stop = text[len(text) // 2 : len(text) // 2 + 2]
     expected = model.generate(**batch, stop_strings=[stop], **options)
     known = expected[:, batch["input_ids"].shape[1] :].tolist()
-    with registered(known), mmfast.accelerate(model, "oracle(adaptive=False)"):
+    with registered(known), mmfast.accelerate(model, "oracle(adaptive_length=False)"):
         assert torch.equal(model.generate(**batch, stop_strings=[stop], **options), expected)
 
 
@@ -360,7 +365,7 @@ def test_goes_on_after_an_exception() -> None:
     expected = plain(model, batch)
     known = answers(batch, expected)
     before = census(model), registries()
-    with registered(known), mmfast.accelerate(model, "oracle(adaptive=False)"):
+    with registered(known), mmfast.accelerate(model, "oracle(adaptive_length=False)"):
         with pytest.raises(RuntimeError, match="on purpose"):
             plain(model, batch, logits_processor=LogitsProcessorList([Broken()]))
         assert torch.equal(plain(model, batch).sequences, expected.sequences)

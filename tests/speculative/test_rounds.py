@@ -59,7 +59,7 @@ def test_prompt_is_described_row_by_row(family: Family, case: Any) -> None:
     model, batch = family.model(), case(family)
     with torch.no_grad():
         output = model(**batch.inputs, output_hidden_states=True)
-    with mmfast.accelerate(model, "listener(adaptive=False)"):
+    with mmfast.accelerate(model, "listener(adaptive_length=False)"):
         model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
     (request,) = REQUESTS
     valid = batch.inputs["attention_mask"].bool()
@@ -83,7 +83,7 @@ def test_prompt_is_described_row_by_row(family: Family, case: Any) -> None:
 def test_what_was_pruned_is_not_described(name: str, plan: str) -> None:
     family = FAMILIES[name]
     model, batch = family.model(), mixed(family)
-    with mmfast.accelerate(model, f"{plan} + listener(adaptive=False)") as fast:
+    with mmfast.accelerate(model, f"{plan} + listener(adaptive_length=False)") as fast:
         model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
         report = fast.report()
     (request,) = REQUESTS
@@ -103,7 +103,7 @@ def test_rounds_tell_of_every_node(name: str) -> None:
     """Logits and hidden states belong to the nodes they are given with, in rows of different length."""
     family = FAMILIES[name]
     model, batch = family.model(), mixed(family)
-    with mmfast.accelerate(model, "listener(adaptive=False)"):
+    with mmfast.accelerate(model, "listener(adaptive_length=False)"):
         output = model.generate(**batch.inputs, max_new_tokens=6, do_sample=False)
     head = model.get_output_embeddings()
     answers: dict[int, list[int]] = {row: [first] for row, first in enumerate(REQUESTS[0].first)}

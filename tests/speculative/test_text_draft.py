@@ -23,7 +23,7 @@ from support.companions import CHOSEN, language_model
 from support.families import FAMILIES, Family
 from support.prompts import VOCABULARY
 
-TEXT = "text_draft(adaptive=False, num_draft=4)"
+TEXT = "text_draft(adaptive_length=False, num_draft=4)"
 
 
 @pytest.mark.parametrize("case", [one, mixed, text_only], ids=case_id)
