@@ -136,7 +136,9 @@ class Rounds:
         """
         request, parents = self.request, draft.tree()
         excluded = request.excluded if draft.laws is None else frozenset()
-        place, tokens, kept = {0: 0}, [], []
+        place = {0: 0}
+        tokens: list[int] = []
+        kept: list[int] = []
         for node, token in enumerate(draft.tokens, start=1):
             legal = 0 <= token < request.vocabulary and token not in excluded
             twin = any(tokens[i] == token and kept[i] == place.get(parents[node]) for i in range(len(tokens)))
