@@ -11,33 +11,14 @@ from torch import Tensor
 
 from mmfast.adapters.cache import LogicalLayer
 from mmfast.kv.base import Packed, Packer
+from mmfast.kv.cache import BOOKS
 from mmfast.kv.entries import Entries
 
 _LEAST = 8
 """Generated tokens are packed so many at a time: a block each would take longer to read than to attend to, and
 drafted tokens are read in one forward only where nothing is packed between them."""
 
-_BOOKS = (
-    "seen",
-    "valid",
-    "slots",
-    "sizes",
-    "visual",
-    "shift",
-    "renumbered",
-    "history",
-    "heads",
-    "places",
-    "bias",
-    "floor",
-    "holes",
-    "peers",
-    "prompts",
-    "announced",
-    "dtype",
-    "device",
-    "is_initialized",
-)
+_BOOKS = (*BOOKS, "peers", "prompts", "announced", "dtype", "device", "is_initialized")
 _FAR = 64
 """More tokens than this are never drafted at once."""
 

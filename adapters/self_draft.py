@@ -19,27 +19,10 @@ from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.masks import pack
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.reading import capture_attention, switch_on_tap
-from mmfast.kv.cache import Announcement
+from mmfast.kv.cache import BOOKS, Announcement
 
 if TYPE_CHECKING:
     from mmfast.adapters.rounds import ModelRounds
-
-_BOOKS = (
-    "seen",
-    "valid",
-    "slots",
-    "sizes",
-    "visual",
-    "shift",
-    "renumbered",
-    "history",
-    "heads",
-    "places",
-    "bias",
-    "floor",
-    "holes",
-)
-"""What a layer of the cache knows beside keys and values; tensors are replaced and never written to."""
 
 
 class SelfDraft:
@@ -107,7 +90,7 @@ class SelfDraft:
         binding, ledger = self.rounds.binding, Ledger()
         listener, steps = binding.listener, binding.recorder.steps
         layers = self.rounds.cache.layers
-        before = [(layer.stored, {name: getattr(layer, name) for name in _BOOKS}) for layer in layers]
+        before = [(layer.stored, {name: getattr(layer, name) for name in BOOKS}) for layer in layers]
         self._depth = 0
         try:
             binding.listener = self.rounds
@@ -324,7 +307,7 @@ def _without(layer: Any, gone: Sequence[Tensor]) -> LogicalLayer:
     fresh = LogicalSlidingLayer(layer.sliding_window) if layer.is_sliding else LogicalLayer()
     fresh.lazy_initialization(keys, values)
     fresh.keys, fresh.values = keys, values
-    for name in _BOOKS:
+    for name in BOOKS:
         setattr(fresh, name, getattr(layer, name))
     keep = layer.real_entries().clone()
     where = layer.slots[:, None] if layer.places is None else layer.places

@@ -51,6 +51,23 @@ class PromptBook:
         return PromptBook(self.entries, self.end, dict(self.memory))
 
 
+BOOKS = (
+    "seen",
+    "valid",
+    "slots",
+    "sizes",
+    "visual",
+    "shift",
+    "renumbered",
+    "history",
+    "heads",
+    "places",
+    "bias",
+    "floor",
+    "holes",
+)
+"""What a layer knows beside keys and values; tensors are replaced and never written to."""
+
 _ROW_BOOKS = ("valid", "slots", "sizes", "visual", "shift", "heads", "places", "bias")
 """Books whose first axis are the rows of the batch."""
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmfast.speculative.batch import after_paths, realigned
 from mmfast.speculative.tree import (
     EAGLE_PATHS,
     RECYCLING_COUNTS,
@@ -248,24 +247,3 @@ def test_limits_of_a_grown_tree() -> None:
 
 
 # Batches
-
-
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_closing_holes_keeps_the_valid_entries_in_their_order(data: st.DataObject) -> None:
-    rows, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
-    valid = torch.tensor(
-        data.draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=rows, max_size=rows))
-    )
-    gather = realigned(valid)
-    assert gather.shape[1] == int(valid.sum(dim=-1).max())
-    for row, mask in zip(gather, valid, strict=True):
-        entries = mask.nonzero().flatten().tolist()
-        assert row.tolist() == [-1] * (len(row) - len(entries)) + entries
-
-
-def test_rejected_and_ended_rows_leave_holes() -> None:
-    before = torch.tensor([[False, True], [True, True], [True, True]])
-    after = after_paths(before, [(0, 2, 3), (0,), ()], 4)
-    assert after.int().tolist() == [[0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
-    assert realigned(after).tolist() == [[1, 2, 4, 5], [-1, 0, 1, 2], [-1, -1, 0, 1]]

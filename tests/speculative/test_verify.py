@@ -347,6 +347,3 @@ def test_common_mistakes_are_noticed_over_two_tokens(name: str) -> None:
         wrong = mistakes((target(()), drafter(())), 0.2)[name]
     tokens = two_tokens(wrong, target, drafter, torch.Generator().manual_seed(12))
     assert max(chances(tokens, target)) < LEVEL
-
-
-# Drafts that plain decoding follows token by token

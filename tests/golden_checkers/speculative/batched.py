@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mmfast.adapters.cache import LogicalLayer
+from mmfast.kv.cache import Announcement
 from mmfast.speculative.base import Draft
-from mmfast.speculative.batch import after_paths, realigned
 from mmfast.speculative.tree import positions, visibility
 
 
@@ -24,13 +26,34 @@ def check(cases: list[dict[str, Any]]) -> None:
         rows = [positions(parents, int(row.sum())).tolist() for row in valid]
         assert rows == expected["verify_position_ids"]
 
-        after = after_paths(valid, [range(count + 1) for count in case["n_accepted"]], nodes)
-        assert after.int().tolist() == expected["holes"]["attention_mask_after"]
-        assert after.sum(dim=-1).tolist() == expected["holes"]["next_position"]
+        layer, after = grown(valid, nodes, case["n_accepted"]), torch.tensor(expected["holes"]["attention_mask_after"])
+        assert layer.real_entries()[:, 0].sum(dim=-1).tolist() == expected["holes"]["next_position"]
+        assert columns(layer) == [row.nonzero().squeeze(-1).tolist() for row in after]
 
-        gather, moved = realigned(after), expected["realign"]
-        assert gather.shape[-1] == moved["new_width"]
-        assert gather.tolist() == moved["gather_indices"]
-        aligned = after.gather(-1, gather.clamp(min=0)) & (gather >= 0)
-        assert aligned.int().tolist() == moved["attention_mask_after"]
-        assert aligned.sum(dim=-1).tolist() == moved["next_position"]
+        moved = expected["realign"]
+        layer.compact(layer.real_entries())
+        assert layer.stored == moved["new_width"]
+        real = layer.real_entries()[:, 0]
+        assert torch.where(real, layer.keys[:, 0, :, 0].long(), -1).tolist() == moved["gather_indices"]
+        assert real.int().tolist() == moved["attention_mask_after"]
+        assert real.sum(dim=-1).tolist() == moved["next_position"]
+
+
+def grown(valid: Tensor, nodes: int, accepted: list[int]) -> LogicalLayer:
+    """Store a padded prompt and a block of nodes, and keep what each row accepts; a key tells its column."""
+    batch, width = valid.shape
+    layer = LogicalLayer()
+    for start, count, real in ((0, width, valid), (width, nodes, None)):
+        layer.announced = Announcement(count, real, torch.arange(count).expand(batch, count))
+        keys = torch.arange(start, start + count).float()[None, None, :, None].expand(batch, 1, -1, 1)
+        layer.update(keys, keys)
+    kept = torch.tensor(accepted) + 1
+    places = torch.arange(int(kept.max())).expand(batch, -1)
+    layer.keep_block(nodes, places, places < kept[:, None])
+    return layer
+
+
+def columns(layer: LogicalLayer) -> list[list[int]]:
+    """Return, row by row, from which columns what is stored came."""
+    real = layer.real_entries()[:, 0]
+    return [row[own].long().tolist() for row, own in zip(layer.keys[:, 0, :, 0], real, strict=True)]
