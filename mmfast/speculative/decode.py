@@ -111,7 +111,7 @@ class Rounds:
             self.target.accept({row: seen.path for row, seen in verified.items()})
             self.session.observe(verified)
             alive = {row: seen.emitted[-1] for row, seen in verified.items() if row not in ended}
-            self._note(drafts, verified, middle - begin, end - middle)
+            self._note(drafts, verified, ended, middle - begin, end - middle)
 
     def _drafts(self, roots: Mapping[int, int]) -> dict[int, Draft]:
         """Ask the drafter, and take out what cannot be."""
@@ -204,14 +204,19 @@ class Rounds:
         return accepted.path, tuple(emitted), over
 
     def _note(
-        self, drafts: Mapping[int, Draft], verified: Mapping[int, Verified], drafting: float, verifying: float
+        self,
+        drafts: Mapping[int, Draft],
+        verified: Mapping[int, Verified],
+        ended: set[int],
+        drafting: float,
+        verifying: float,
     ) -> None:
         longest = max(len(draft.tokens) for draft in drafts.values())
         drafted = any(self.budgets.values())
         for row, seen in verified.items():
             accepted = len(seen.path) - 1
-            # Tokens behind the end of an answer were neither right nor wrong.
-            deep = drafts[row].depth if len(seen.emitted) > accepted else accepted
+            # What of a draft lies behind the end of an answer was neither right nor wrong.
+            deep = accepted if row in ended else drafts[row].depth
             self.record.add(drafted=len(drafts[row].tokens), depth=deep, accepted=accepted, emitted=len(seen.emitted))
             if self.adaptive is not None:
                 self.adaptive.record(row, len(drafts[row].tokens), accepted, deep, seen.path[1:])

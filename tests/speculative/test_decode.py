@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,6 +42,16 @@ def answers(batch: Batch, output: Any) -> list[list[int]]:
     return found
 
 
+def differing(batch: Batch, found: Any, expected: Any) -> Iterator[float]:
+    """Yield, for rows that differ, by how much the best logit leads the next one where they first do."""
+    start = batch.inputs["input_ids"].shape[1]
+    for row, (own, other) in enumerate(zip(found.sequences, expected.sequences, strict=True)):
+        places = (own != other).nonzero().flatten().tolist()
+        if places:
+            best = expected.logits[places[0] - start][row].topk(2).values
+            yield float(best[0] - best[1])
+
+
 def drafted(model: Any, batch: Batch, known: list[list[int]], plan: str, **options: Any) -> tuple[Any, Any]:
     """Generate with an oracle that knows the answer."""
     with registered(known), mmfast.accelerate(model, plan) as fast:
@@ -52,9 +63,11 @@ def drafted(model: Any, batch: Batch, known: list[list[int]], plan: str, **optio
 @pytest.mark.parametrize(("family", "case"), CASES, ids=case_id)
 def test_same_tokens_on_every_family(family: Family, case: Any, shape: str) -> None:
     model, batch = family.model(), case(family)
-    expected = plain(model, batch)
+    expected = plain(model, batch, output_logits=True)
     found, record = drafted(model, batch, answers(batch, expected), f"oracle(adaptive_length=False, {shape})")
-    assert torch.equal(found.sequences, expected.sequences)
+    for row in differing(batch, found, expected):
+        # Two logits that rounding cannot tell apart: a forward of several rows may choose the other.
+        assert row < 1e-5
     assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
     assert record.emitted == (STEPS - 1) * len(batch.rows)
     assert record.accepted > 0 or "wrong_after=0" in shape
