@@ -227,8 +227,8 @@ class Drafter(Method):
     """Base of everything that drafts; a subclass is a frozen dataclass whose fields are its options.
 
     Attributes:
-        adaptive_length: draft as many tokens as pay by what rounds are seen to cost and to give, none where nothing does;
-            False always drafts as many as possible.
+        adaptive_length: draft as many tokens as pay by what rounds are seen to cost and to give, and none where
+            nothing does; False always drafts as many as possible.
         trees: whether it proposes trees, for which the model's attention needs a mask.
         stochastic: whether it draws its tokens, and gives the laws, where the call samples.
         needs_hidden: whether it reads last hidden states.

@@ -287,13 +287,13 @@ def test_embeddings_without_ids_are_refused() -> None:
     ("name", "options", "message"),
     [
         ("assistant", {"num_draft": 0}, "num_draft=0 must be"),
-        ("assistant", {"threshold": 2}, "threshold=2 must be"),
+        ("assistant", {"risk": 2}, "risk=2 must be"),
         ("assistant", {"plan": "divprine(keep=4)"}, "unknown method 'divprine'"),
         ("assistant", {"plan": "divprune(keep=0)"}, "keep=0 must be"),
         ("assistant", {"plan": "snapkv()"}, "'snapkv' acts at stage 'cache'"),
         ("assistant", {"plan": "divprune() + swift()"}, "'swift' acts at stage 'decode'"),
         ("text_draft", {"num_draft": True}, "num_draft=True must be"),
-        ("text_draft", {"threshold": -0.5}, "threshold=-0.5 must be"),
+        ("text_draft", {"risk": -0.5}, "risk=-0.5 must be"),
     ],
 )
 def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:

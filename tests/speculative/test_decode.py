@@ -100,7 +100,7 @@ def test_same_tokens_with_every_other_method(info: mmfast.MethodInfo, shape: str
     """The pruned or compressed model is the one whose answer must come out."""
     family = FAMILIES["llava"]
     goes_on = info.name in GOING_ON or info.kind == "Forgetter"
-    with pytest.raises(ValueError, match="evicts after every|go around layers") if goes_on else nullcontext():
+    with pytest.raises(ValueError, match=r"evicts after every|go around layers") if goes_on else nullcontext():
         check_under_plan(family, mixed(family), plan_with(info), shape)
 
 

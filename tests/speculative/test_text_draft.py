@@ -156,7 +156,7 @@ def test_sampled_answers_have_the_law_of_the_model() -> None:
             excluded=frozenset({banned}),
             device=torch.device("cpu"),
         )
-        session: Any = CompanionSession(request, depth=3, threshold=0.0)  # type: ignore[arg-type]
+        session: Any = CompanionSession(request, depth=3, risk=1.0)  # type: ignore[arg-type]
         answer = [0]
         while len(answer) < 3:
             root = answer[-1]
@@ -184,12 +184,12 @@ def test_a_drafter_is_silent_after_a_token_it_does_not_know() -> None:
     request: Any = SimpleNamespace(
         companion=model, vocabulary=5, first=(0,), sampling=False, stop=frozenset(), excluded=frozenset()
     )
-    session = CompanionSession(request, depth=2, threshold=0.0)
+    session = CompanionSession(request, depth=2, risk=1.0)
     assert session.propose({0: 0}, {0: 2})[0].tokens == (0, 0)
     session.observe({0: Verified((0, 0, 0), (-1, 0, 1), (0,), (4,), torch.empty(0))})
     assert session.propose({0: 4}, {0: 2})[0].tokens == ()
     unknown: Any = SimpleNamespace(**{**vars(request), "first": (4,)})
-    assert CompanionSession(unknown, depth=2, threshold=0.0).propose({0: 4}, {0: 2})[0].tokens == ()
+    assert CompanionSession(unknown, depth=2, risk=1.0).propose({0: 4}, {0: 2})[0].tokens == ()
 
 
 def test_drafts_end_with_what_is_unsure_and_with_the_answer() -> None:
@@ -197,8 +197,8 @@ def test_drafts_end_with_what_is_unsure_and_with_the_answer() -> None:
     request: Any = SimpleNamespace(
         companion=Table(table), vocabulary=3, first=(0,), sampling=False, stop=frozenset(), excluded=frozenset()
     )
-    assert CompanionSession(request, depth=9, threshold=0.6).propose({0: 0}, {0: 9})[0].tokens == (1, 2, 0)
+    assert CompanionSession(request, depth=9, risk=0.4).propose({0: 0}, {0: 9})[0].tokens == (1, 2, 0)
     ending: Any = SimpleNamespace(**{**vars(request), "companion": Table(table), "stop": frozenset({2})})
-    assert CompanionSession(ending, depth=9, threshold=0.6).propose({0: 0}, {0: 9})[0].tokens == (1, 2)
+    assert CompanionSession(ending, depth=9, risk=0.4).propose({0: 0}, {0: 9})[0].tokens == (1, 2)
     short: Any = SimpleNamespace(**{**vars(request), "companion": Table(table)})
-    assert CompanionSession(short, depth=9, threshold=0.6).propose({0: 0}, {0: 1})[0].tokens == (1,)
+    assert CompanionSession(short, depth=9, risk=0.4).propose({0: 0}, {0: 1})[0].tokens == (1,)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfast.registry import parse_node, parse_text, register
 from mmfast.speculative.base import Draft, Drafter, Request, Session, Verified
 from mmfast.speculative.drafters.swift import check_share, read_step
+from mmfast.speculative.goodput import stop_length
 from mmfast.speculative.heads import check_count
 from mmfast.speculative.verify import draw
 
@@ -55,12 +56,12 @@ class CompanionSession(Session):
     Args:
         request: the call.
         depth: tokens of a draft at most.
-        threshold: a token less likely than that is the last of its draft.
+        risk: a draft ends once a rejection within it is likelier than that.
     """
 
-    def __init__(self, request: Request, *, depth: int, threshold: float) -> None:
+    def __init__(self, request: Request, *, depth: int, risk: float) -> None:
         companion: Companion = request.companion
-        self.request, self._depth, self._threshold = request, depth, threshold
+        self.request, self._depth, self._risk = request, depth, risk
         self._common = min(request.vocabulary, companion.vocabulary)
         self._known = companion.vocabulary
         self.reading = companion.read(request)
@@ -73,6 +74,7 @@ class CompanionSession(Session):
         """Give the second model what it lacks of the answers, and let it go on."""
         tokens: dict[int, list[int]] = {row: [] for row in roots}
         laws: dict[int, list[Tensor]] = {row: [] for row in roots}
+        sure: dict[int, list[float]] = {row: [] for row in roots}
         reading = self.reading
         following = {} if reading is None else {row: self._pending[row] for row in roots if row not in self._lost}
         while reading is not None and following:
@@ -82,10 +84,14 @@ class CompanionSession(Session):
             chosen = self._drawn(logits, following, tokens, laws) if self.request.sampling else self._likeliest(logits)
             asked, following = list(following), {}
             for row in asked:
-                token, sure = chosen[row]
+                token, likely = chosen[row]
                 tokens[row].append(token)
-                full = len(tokens[row]) >= min(budget[row], self._depth)
-                if not full and sure >= self._threshold and token not in self.request.stop:
+                sure[row].append(likely)
+                drafted = len(tokens[row])
+                full = drafted >= min(budget[row], self._depth)
+                # The rule leaves out the last token, whose chance its authors learn late; here it is known at once.
+                risky = stop_length([*sure[row], 0.0, 0.0], self._risk, (1, drafted + 2)) == drafted + 1
+                if not full and not risky and token not in self.request.stop:
                     following[row] = [token]
         drawn = self.request.sampling
         return {
@@ -155,7 +161,8 @@ class Assistant(Drafter):
 
     Attributes:
         num_draft: tokens of a draft at most.
-        threshold: a token less likely than that is the last of its draft; 0 for none.
+        risk: a draft ends once a rejection within it is likelier than that, going by how sure the smaller model is
+            of each token (SpecDec++ with its own certainty in place of a trained head); 1 for no such end.
         plan: what makes the smaller model faster, for example ``"divprune(keep=16)"``; empty for nothing.
     """
 
@@ -163,13 +170,13 @@ class Assistant(Drafter):
     companion: ClassVar[Literal["", "vision", "text"]] = "vision"
 
     num_draft: int = 5
-    threshold: float = 0.0
+    risk: float = 1.0
     plan: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_draft", self.num_draft, 1)
-        check_share("threshold", self.threshold)
+        check_share("risk", self.risk)
         if not isinstance(self.plan, str):
             raise TypeError(f"plan={self.plan!r} must be text such as 'divprune(keep=16)', or empty")
         for method in _methods(self.plan):
@@ -186,7 +193,7 @@ class Assistant(Drafter):
 
     def start(self, request: Request) -> Session:
         """Begin a call of ``generate``."""
-        return CompanionSession(request, depth=self.num_draft, threshold=self.threshold)
+        return CompanionSession(request, depth=self.num_draft, risk=self.risk)
 
 
 def _methods(plan: str) -> list[Any]:

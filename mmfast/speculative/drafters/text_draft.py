@@ -25,19 +25,20 @@ class TextDraft(Drafter):
 
     Attributes:
         num_draft: tokens of a draft at most.
-        threshold: a token less likely than that is the last of its draft; 0 for none.
+        risk: a draft ends once a rejection within it is likelier than that, going by how sure the smaller model is
+            of each token; 1 for no such end.
     """
 
     stochastic: ClassVar[bool] = True
     companion: ClassVar[Literal["", "vision", "text"]] = "text"
 
     num_draft: int = 5
-    threshold: float = 0.0
+    risk: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_draft", self.num_draft, 1)
-        check_share("threshold", self.threshold)
+        check_share("risk", self.risk)
 
     @property
     def most(self) -> int:
@@ -46,4 +47,4 @@ class TextDraft(Drafter):
 
     def start(self, request: Request) -> Session:
         """Begin a call of ``generate``."""
-        return CompanionSession(request, depth=self.num_draft, threshold=self.threshold)
+        return CompanionSession(request, depth=self.num_draft, risk=self.risk)
