@@ -255,6 +255,67 @@ def shared_text() -> str:
     )
 
 
+def drafting_text() -> str:
+    """Describe what drafting costs where it cannot help, and gives where it can."""
+    result = latest("drafting-*.json")
+    machine = result["machine"]
+    cases: list[tuple[str, ...]] = [("case", "plan", "plain", "drafted", "faster", "least", "tokens per forward")]
+    cases += [
+        (
+            name,
+            f"`{row['plan']}`",
+            f"{row['plain_ms']:.1f} ms",
+            f"{row['drafted_ms']:.1f} ms",
+            f"{row['speedup']:.2f}x",
+            f"{row['least']:.2f}x",
+            f"{row['tokens_per_forward']:.2f}",
+        )
+        for name, row in result["speed"].items()
+    ]
+    drafters: list[tuple[str, ...]] = [
+        (
+            "model: drafter",
+            "tokens per forward",
+            "without the model's own",
+            "accepted",
+            "by place",
+            "always",
+            "adaptive",
+        )
+    ]
+    drafters += [
+        (
+            name,
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['mean_accepted']:.2f}",
+            f"{row['acceptance_rate']:.0%}",
+            " ".join(f"{share:.2f}" for share in row["acceptance"][:4]),
+            f"{row['speedup']:.2f}x",
+            f"{row['adaptive_speedup']:.2f}x",
+        )
+        for name, row in result["drafters"].items()
+    ]
+    rows = [*result["speed"].values(), *result["drafters"].values()]
+    different = [name for name, row in (result["speed"] | result["drafters"]).items() if not row["equal"]]
+    unpaid = sum(row["adaptive_speedup"] < 1.0 for row in result["drafters"].values())
+    return (
+        "**Drafting** against plain decoding, seconds per token after the first (LLaVA of random weights, 12 layers of "
+        f"width 768, float32, sdpa attention, batch 1, 576 + 64 prompt tokens, 128 new tokens; {machine['device']}, "
+        f"{machine['threads']} thread, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"{machine['date']}; processor time, median over pairs of runs), by `python benchmarks/drafting.py`. `off`: "
+        "nothing to propose; `random`: tokens drawn at a temperature at which no draft can be right; `again`: the same "
+        "question a second time; `copy`: the answer repeats the text of the prompt.\n\n"
+        f"{table(cases)}\n\n"
+        "Every drafter on the demo model, whose answers are continued to 40 tokens (`ordinary`: its own, of one to "
+        "three), and those that need nothing on a tiny model of random weights per family, which repeats itself more "
+        "than real ones do. `always` drafts as much as the options say, `adaptive` as much as pays: on models this "
+        f"small the loop itself costs as much as a forward. {unpaid} of {len(result['drafters'])} did not pay there. "
+        f"{'All' if not different else len(rows) - len(different)} of {len(rows)} gave the tokens of plain decoding"
+        f"{'' if not different else '; not so: ' + ', '.join(different)}.\n\n"
+        f"<details><summary>All drafters</summary>\n\n{table(drafters)}\n\n</details>"
+    )
+
+
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -266,7 +327,7 @@ def filled(page: str, name: str, content: str) -> str:
 def updated(page: str) -> str:
     """Return the page with every generated part renewed."""
     page = filled(page, "methods", method_table())
-    parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text())
+    parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text(), drafting_text())
     return filled(page, "measured", "\n\n".join(parts))
 
 
