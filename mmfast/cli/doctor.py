@@ -137,12 +137,19 @@ def _kernels() -> dict[str, str]:
     """Triton compiles for GPUs; on a CPU it can only be interpreted, which proves but does not speed up."""
     import torch
 
+    from mmfast.kernels import available
+
     if find_spec("triton") is None:
         why = "" if sys.platform == "linux" else f": there is no release for {sys.platform}"
-        return {"triton": f"not installed{why}; plain torch is used"}
-    if not torch.cuda.is_available():
-        return {"triton": "no GPU: its kernels can only be interpreted (TRITON_INTERPRET=1); plain torch is used"}
-    return {"triton": "can compile for this GPU"}
+        state = f"not installed{why}; plain torch is used"
+    elif not torch.cuda.is_available():
+        state = "no GPU: its kernels can only be interpreted (TRITON_INTERPRET=1); plain torch is used"
+    else:
+        state = "can compile for this GPU"
+    runs: dict[str, list[str]] = {}
+    for operation, where in available().items():
+        runs.setdefault(where, []).append(operation)
+    return {"triton": state} | {f"in {where}": ", ".join(operations) for where, operations in runs.items()}
 
 
 def _attention() -> dict[str, str]:

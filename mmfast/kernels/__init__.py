@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmfast.kernels.dispatch import use
+    from mmfast.kernels.dispatch import available, use
 
-__all__ = ["use"]
+__all__ = ["available", "use"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "use":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mmfast.kernels.dispatch import use
+    from mmfast.kernels import dispatch
 
-    return use
+    return getattr(dispatch, name)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -95,6 +96,27 @@ def refusal_of(*tensors: Tensor | None) -> str:
     if kinds <= {"cuda"} or (kinds <= {"cpu"} and interpreted()):
         return ""
     return f"tensors on {', '.join(sorted(kinds))}"
+
+
+def available() -> dict[str, str]:
+    """Say of each operation what runs on this machine, as far as that does not depend on a call's arguments.
+
+    Returns:
+        Name -> ``"Triton"``, or ``"torch"`` with the reason.
+
+    Example:
+        >>> available()["attention_stats"].split(":")[0] in ("Triton", "torch")
+        True
+    """
+    why = _missing()
+    if not why and not torch.cuda.is_available() and not interpreted():
+        why = "no GPU"
+    found = {}
+    for path in sorted(Path(__file__).parent.iterdir()):
+        if (path / "__init__.py").is_file():
+            own = why if (path / "triton.py").is_file() else "there is no Triton form"
+            found[path.name] = f"torch: {own}" if own else "Triton"
+    return found
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfast.budget import check_keep
+from mmfast.kernels.words import Codes
 from mmfast.kv.entries import Entries, Retained, Step
 from mmfast.registry import parse_node, parse_text
 from mmfast.token_pruning.base import Method, check_choice
@@ -265,6 +266,10 @@ class Packed(ABC):
     @abstractmethod
     def restore(self) -> Tensor:
         """Return the block ``[G, n, d]`` in the dtype it had."""
+
+    def readable(self) -> Codes | None:
+        """Return the block, as a batch of one, in the form attention reads without restoring it; None = in none."""
+        return None
 
 
 @dataclass(frozen=True)

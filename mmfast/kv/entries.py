@@ -11,6 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mmfast.kernels.rerotate.reference import rotate as rotate
+from mmfast.kernels.rerotate.reference import undo
 from mmfast.token_pruning.attention import AttentionView
 
 
@@ -39,25 +41,7 @@ class Rotation:
             >>> bool(rotation.undo(rotate(states, rotation.cos, rotation.sin)).allclose(states))
             True
         """
-        # Some position embeddings also scale: what was multiplied has to be divided.
-        factor = (self.cos**2 + self.sin**2).float()
-        return rotate(states.float(), self.cos.float() / factor, -self.sin.float() / factor)
-
-
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate states ``[..., n, d]`` by ``[n, r]`` cosines and sines; channels beyond r stay.
-
-    The two halves of the r channels are the two coordinates, as in Llama and Qwen.
-
-    Example:
-        >>> right = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]])
-        >>> rotate(torch.tensor([[3.0, 4.0]]), *right).tolist()
-        [[-4.0, 3.0]]
-    """
-    width = cos.shape[-1]
-    turned, rest = states[..., :width], states[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+        return undo(states, self.cos, self.sin)
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from mmfast.kernels.words import Codes, joined, numbers_of, pack_codes, unpack_codes
 from mmfast.kv.base import Packed
 
 Side = Literal["key", "value"]
 """Whether a block holds keys or values."""
-
-_WORD = 32
-"""Bits of the words in which codes are stored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +77,16 @@ class Quantised(Packed):
 
     def restore(self) -> Tensor:
         """Return what the codes stand for."""
-        groups = self.scale.shape[self.axis]
-        codes = self.codes().unflatten(self.axis, (groups, self.length // groups)).float()
-        inner = self.axis + 1
-        states: Tensor = codes * self.scale.float().unsqueeze(inner) + self.low.float().unsqueeze(inner)
-        return states.flatten(self.axis, inner).to(self.scale.dtype)
+        return numbers_of(self.codes(), self.scale, self.low, self.axis)
+
+    def readable(self) -> Codes | None:
+        """Return the codes, if they are of 2, 4 or 8 bits."""
+        if self.levels not in (4, 16, 256):
+            return None
+        shape = [*self.words.shape]
+        shape[self.axis], shape[3 - self.axis] = self.scale.shape[self.axis], self.scale.shape[3 - self.axis]
+        scale, low = (one.expand(shape)[None] for one in (self.scale, self.low))
+        return Codes(self.words[None], scale, low, self.levels, self.axis + 1, self.length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +104,12 @@ class Concatenated(Packed):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what all of them store."""
         return tuple(tensor for part in self.parts for tensor in part.tensors())
+
+    def readable(self) -> Codes | None:
+        """Return the codes of all parts, if they follow each other."""
+        found = [part.readable() for part in self.parts]
+        codes = [one for one in found if one is not None]
+        return joined(codes) if self.axis == 1 and len(codes) == len(found) else None
 
     def restore(self) -> Tensor:
         """Restore and join them."""
@@ -222,79 +230,6 @@ def split(
     if bool(mask.all()):
         return first(states)
     return Split(mask, first(states[:, mask]), second(states[:, ~mask]))
-
-
-@cache
-def codes_per_word(levels: int) -> int:
-    """Say how many codes a word of 32 bits holds.
-
-    Example:
-        >>> [codes_per_word(levels) for levels in (2, 3, 4, 8, 16, 256)]
-        [32, 20, 16, 10, 8, 4]
-    """
-    count = 1
-    while levels ** (count + 1) <= 1 << _WORD:
-        count += 1
-    return count
-
-
-def pack_codes(codes: Tensor, levels: int, axis: int) -> Tensor:
-    """Put neighbouring codes into words; the first is the lowest digit, the last word is filled with zeros.
-
-    Args:
-        codes: ints in ``[0, levels)``.
-        levels: base of the digits; for a power of two they are groups of bits.
-        axis: along which codes are neighbours.
-
-    Returns:
-        int32, with ``axis`` shorter by the codes in a word.
-
-    Example:
-        >>> pack_codes(torch.tensor([1, 2, 3]), 4, 0).tolist()
-        [57]
-        >>> pack_codes(torch.tensor([2, 1]), 3, 0).tolist()
-        [5]
-    """
-    digits = codes_per_word(levels)
-    missing = -codes.shape[axis] % digits
-    if missing:
-        shape = [missing if place == axis else size for place, size in enumerate(codes.shape)]
-        codes = torch.cat([codes, codes.new_zeros(shape)], dim=axis)
-    words: Tensor = codes.int().unflatten(axis, (codes.shape[axis] // digits, digits))
-    # Sums of int32 wrap around, which is what the highest bit of a word needs.
-    return (words * _weights(levels, codes, axis).int()).sum(dim=axis + 1, dtype=torch.int32)
-
-
-def unpack_codes(words: Tensor, levels: int, axis: int, length: int) -> Tensor:
-    """Undo :func:`pack_codes`.
-
-    Args:
-        words: int32.
-        levels: base of the digits.
-        axis: along which codes were packed.
-        length: how many there are along it.
-
-    Returns:
-        int32 codes.
-
-    Example:
-        >>> unpack_codes(torch.tensor([57], dtype=torch.int32), 4, 0, 3).tolist()
-        [1, 2, 3]
-    """
-    weights = _weights(levels, words, axis)
-    if levels & (levels - 1) == 0:
-        places = torch.arange(len(weights), device=words.device).int() * (levels.bit_length() - 1)
-        codes = (words.unsqueeze(axis + 1) >> places.view(weights.shape)) & (levels - 1)
-    else:
-        unsigned = words.long() & ((1 << _WORD) - 1)
-        codes = (unsigned.unsqueeze(axis + 1) // weights % levels).int()
-    return codes.flatten(axis, axis + 1).narrow(axis, 0, length)
-
-
-def _weights(levels: int, like: Tensor, axis: int) -> Tensor:
-    """Return what each digit of a word counts, int64, shaped to stand behind ``axis`` of ``like``."""
-    digits = torch.arange(codes_per_word(levels), device=like.device)
-    return (levels**digits).view(-1, *[1] * (like.ndim - 1 - axis))
 
 
 def usable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import Tensor
+
+from mmfast.kernels import attention_stats
+from mmfast.kernels.attention_stats import Options, reference
+from mmfast.kernels.dispatch import chosen
 
 _BLOCK_ELEMENTS = 1 << 22
 """Largest number of float32 logits held at once (16 MiB)."""
@@ -19,7 +22,8 @@ class AttentionView:
     """What the tokens of ONE prompt look at in one layer, read from its queries and keys.
 
     Nothing is stored but references to the layer's own tensors; probabilities exist a few rows at a
-    time, so that memory stays at O(heads x tokens) whatever backend the model attends with.
+    time, so that memory stays at O(heads x tokens) whatever backend the model attends with. Rows and column sums come
+    from the kernels of :mod:`mmfast.kernels.attention_stats` where those run; a row that sees nothing is zero there.
 
     Attributes:
         query: ``[H, n, d]`` queries of the prompt's tokens, as the layer used them.
@@ -72,12 +76,8 @@ class AttentionView:
         Returns:
             float32 ``[H, R, past + n]``.
         """
-        picked = rearrange(self.query[:, rows], "(g r) n d -> g r n d", g=self.key.shape[0]).float()
         scaling = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
-        logits = torch.einsum("grnd,gkd->grnk", picked, self.key.float()) * scaling
-        logits = rearrange(logits, "g r n k -> (g r) n k")
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = reference.logits(self.query[:, rows], self.key, scaling, self.softcap)
         if not masked:
             return logits
         if self.mask is None:
@@ -99,7 +99,14 @@ class AttentionView:
         Returns:
             float32 ``[H, R, n]``.
         """
-        probabilities = (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
+        if self._fast():
+            mask = None if self.mask is None else self.mask[..., rows, :]
+            options = self._options(temperature, mask)
+            options["places"] = rows + self.past
+            query, key = self.query[None, :, rows], self.key[None]
+            probabilities = attention_stats.few_rows(query, key, first=self.past, **options)[0]
+        else:
+            probabilities = (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
         if self.silent is None:
             return probabilities
         return probabilities.masked_fill(self.silent[rows][:, None], 0.0)
@@ -140,14 +147,36 @@ class AttentionView:
             float32 ``[n]``, or ``[H, n]`` for ``heads="each"``.
         """
         per_head = weights.ndim == 2
+        reduce: Literal["none", "mean", "max"] = "none" if heads == "each" else heads
+        if self._fast():
+            if self.silent is not None:
+                weights = weights.masked_fill(self.silent, 0.0)
+            query, key, options = self.query[None], self.key[None], self._options(temperature, self.mask)
+            return attention_stats.column_sums(
+                query, key, None, weights[None], heads=reduce, first=self.past, **options
+            )[0]
         used = (weights != 0).any(dim=0) if per_head else weights != 0
         rows = used.nonzero().squeeze(-1)
         total = self.query.new_zeros((self.heads, self.length) if heads == "each" else self.length, dtype=torch.float32)
         for places, block in self.blocks(rows, temperature=temperature):
-            own = weights[..., rows[places]].float()
-            if heads == "each":
-                total += torch.einsum("hrn,hr->hn" if per_head else "hrn,r->hn", block, own)
-            else:
-                reduced = block.amax(dim=0) if heads == "max" else block.mean(dim=0)
-                total += own @ reduced
+            total += reference.reduced(block, weights[..., rows[places]].float(), reduce, "sum")
         return total
+
+    def _fast(self) -> bool:
+        """Say whether the kernels run here; a view whose logits are its own has none."""
+        if type(self).logits is not AttentionView.logits or not self.length:
+            return False
+        given = (self.query, self.key, self.mask)
+        return chosen("attention_stats", attention_stats.refusal(*given, width=int(self.query.shape[-1]))) == "triton"
+
+    def _options(self, temperature: float, mask: Tensor | None) -> Options:
+        """Return what the kernels need to know about the logits."""
+        if mask is not None:
+            mask = mask[None, None] if mask.ndim == 2 else mask[None]
+        return {
+            "scaling": self.scaling,
+            "softcap": self.softcap,
+            "temperature": temperature,
+            "causal": mask is None,
+            "mask": mask,
+        }

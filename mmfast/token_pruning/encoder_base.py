@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfast.kernels.bipartite_merge import average_groups
 from mmfast.token_pruning.base import Merger, VisionSignal, check_choice
-from mmfast.token_pruning.similarity import sum_by_group
 from mmfast.tokens import Layout, VisualTokens
 
 GROUPS = "encoder_groups"
@@ -106,9 +106,8 @@ def merge_rows(features: Tensor, sizes: Tensor, source: Tensor, count: int) -> t
         >>> merged.tolist(), sizes.tolist()
         ([[2.0], [1.0]], [3.0, 1.0])
     """
-    total = sum_by_group(sizes[:, None], source, count)
-    merged = sum_by_group(features.float() * sizes[:, None], source, count) / total
-    return merged.to(features.dtype), total[:, 0]
+    merged, total = average_groups(features[None], sizes[None], source[None], count)
+    return merged[0], total[0]
 
 
 def encoder_groups(tokens: VisualTokens) -> tuple[Tensor, Tensor]:

@@ -8,27 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmfast.tokens import Keep
+from mmfast.kernels import rows as kernel_rows
+from mmfast.kernels.rows import MATRIX_LIMIT as MATRIX_LIMIT
+from mmfast.kernels.rows import normalised as normalised
+from mmfast.kernels.rows import sum_by_group as sum_by_group
+from mmfast.tokens import Keep, Layout
 
-
-def normalised(features: Tensor) -> Tensor:
-    """Scale rows to length one, in float32; rows of zeros stay zero.
-
-    Args:
-        features: ``[..., D]``.
-
-    Example:
-        >>> normalised(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
-        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
-    """
-    values = features.float()
-    unit: Tensor = values / values.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return unit
-
-
-MATRIX_LIMIT = 4096
-"""Up to here one float32 ``N x N`` matrix of similarities is held; above, parts of it are computed when asked for."""
-_BLOCK_ELEMENTS = 1 << 24
+_BLOCK_ELEMENTS = kernel_rows.BLOCK_ELEMENTS
 
 
 def row_blocks(rows: int, width: int) -> Iterator[slice]:
@@ -38,12 +24,10 @@ def row_blocks(rows: int, width: int) -> Iterator[slice]:
         >>> [part.stop - part.start for part in row_blocks(5, 1 << 23)]
         [2, 2, 1]
     """
-    size = max(1, _BLOCK_ELEMENTS // max(1, width))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    return kernel_rows.row_blocks(rows, width, _BLOCK_ELEMENTS)
 
 
-class Cosines:
+class Cosines(kernel_rows.Cosines):
     """Cosine similarities of the rows of a tensor, in float32.
 
     Args:
@@ -58,17 +42,7 @@ class Cosines:
     """
 
     def __init__(self, features: Tensor) -> None:
-        self._unit = normalised(features)
-        self._matrix = self._unit @ self._unit.T if len(self) <= MATRIX_LIMIT else None
-
-    def __len__(self) -> int:
-        return int(self._unit.shape[0])
-
-    def between(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return ``[R, C]`` similarities; ``columns=None`` means all N. A single row (0-d) gives ``[C]``."""
-        if self._matrix is None:
-            return self._unit[rows] @ (self._unit if columns is None else self._unit[columns]).T
-        return self._matrix[rows] if columns is None else self._matrix[rows[..., None], columns]
+        super().__init__(features, MATRIX_LIMIT)
 
     def nearest(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return ``[R]``: the similarity of each row to the most similar of the columns (at least one)."""
@@ -93,26 +67,6 @@ def most_similar(features: Tensor, targets: Tensor) -> Tensor:
     rows, columns = normalised(features), normalised(targets)
     found = [(rows[part] @ columns.T).argmax(dim=1) for part in row_blocks(rows.shape[0], columns.shape[0])]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=features.device)
-
-
-def sum_by_group(features: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Add up the rows of each group, in float32.
-
-    Args:
-        features: ``[R, D]``.
-        group: int64 ``[R]`` in ``0..groups-1``.
-        groups: number of groups.
-
-    Returns:
-        float32 ``[groups, D]``; rows of zeros for groups without members.
-
-    Example:
-        >>> sum_by_group(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 2]), 3).tolist()
-        [[2.0], [0.0], [5.0]]
-    """
-    # A matrix product, because scattered additions come in any order on a GPU and two runs would differ.
-    member = torch.arange(groups, device=group.device)[:, None] == group
-    return member.float() @ features.float()
 
 
 def outliers(values: Tensor, factor: float = 1.5) -> Tensor:
@@ -182,46 +136,6 @@ def merged_keep(
     return Keep(indices, features[order], sizes[order], moved, space)
 
 
-def bipartite_match(metric: Tensor, merges: int, *, class_token: bool = False) -> tuple[Tensor, Tensor]:
-    """Pair tokens at even places with their most similar tokens at odd places, and join the closest pairs.
-
-    Args:
-        metric: ``[n, d]`` what similarity is measured on.
-        merges: how many even tokens are joined; at most half of the tokens (after the class token) can be.
-        class_token: the first token takes no part, and what is not joined keeps its order.
-
-    Returns:
-        ``(places, source)``: int64 ``[m]`` input tokens that the outputs stand at, the even ones that are left (by
-        descending similarity, or in their order with a class token) before the odd ones; and int64 ``[n]``, the
-        output that each input token goes into.
-
-    Example:
-        >>> places, source = bipartite_match(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), 1)
-        >>> places.tolist(), source.tolist()
-        ([2, 1], [1, 1, 0])
-    """
-    unit = normalised(metric)
-    total, device = unit.shape[0], unit.device
-    merges = max(0, min(merges, (total - class_token) // 2))
-    everything = torch.arange(total, device=device)
-    if merges == 0:
-        return everything, everything
-    even, odd = everything[0::2], everything[1::2]
-    blocks = [(unit[even[part]] @ unit[odd].T).max(dim=1) for part in row_blocks(even.numel(), odd.numel())]
-    closeness, partner = torch.cat([found.values for found in blocks]), torch.cat([found.indices for found in blocks])
-    if class_token:
-        closeness[0] = -torch.inf
-    order = closeness.sort(descending=True, stable=True).indices
-    joined, left = order[:merges], order[merges:]
-    if class_token:
-        left = left.sort().values
-    places, source = torch.cat([even[left], odd]), torch.empty_like(everything)
-    source[even[left]] = torch.arange(left.numel(), device=device)
-    source[odd] = torch.arange(left.numel(), places.numel(), device=device)
-    source[even[joined]] = partner[joined] + left.numel()
-    return places, source
-
-
 def halvings(total: int, kept: int, *, protected: int = 0) -> Iterator[int]:
     """Say how many tokens each round joins when a round can join at most half of them.
 
@@ -252,3 +166,92 @@ def highest_first(score: Tensor, count: int) -> Tensor:
         [1, 3, 2]
     """
     return score.float().sort(descending=True, stable=True).indices[:count]
+
+
+def frame_places(layout: Layout) -> list[Tensor]:
+    """Group tokens by the frame they belong to, whatever tiles it is cut into; an image is one frame.
+
+    Returns:
+        int64 places of each group in ascending order, the groups in the order of their first token.
+
+    Example:
+        >>> [part.tolist() for part in frame_places(Layout.grid(1, 2, frames=2))]
+        [[0, 1], [2, 3]]
+    """
+    groups = [(layout.frame == frame).nonzero().squeeze(-1) for frame in layout.frame.unique()]
+    return sorted(groups, key=lambda part: int(part[0]))
+
+
+def density_peaks(features: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Rate how well each token would do as the centre of a cluster: dense, and far from anything denser.
+
+    The density falls with the squared distances to the nearest tokens, the token itself being one of them. The
+    logarithm of the usual product is taken, because the density of far-flung tokens is 0 in single precision.
+
+    Args:
+        features: ``[n, D]``.
+        neighbours: how many nearest tokens count.
+
+    Returns:
+        float32 ``[n]`` score and ``[n, n]`` distances, divided by the square root of D.
+
+    Example:
+        >>> score, distance = density_peaks(torch.tensor([[0.0], [0.1], [0.3], [1.0], [1.2], [1.5]]), 3)
+        >>> highest_first(score, 2).tolist(), round(distance[0, 4].item(), 4)
+        ([1, 4], 1.2)
+    """
+    # By way of products, which is many times faster; in double precision, since hidden states share a large part.
+    values = features.double()
+    values = values - values.mean(dim=0)
+    square = values.square().sum(dim=-1)
+    distance = square[:, None] + square - 2 * (values @ values.T)
+    distance = distance.masked_fill(distance < 1e-12 * square.max(), 0.0)
+    distance = (distance / features.shape[1]).sqrt().float()
+    near = distance.topk(min(neighbours, distance.shape[0]), dim=-1, largest=False).values
+    density = -near.square().mean(dim=-1)
+    apart = distance.masked_fill(density <= density[:, None], torch.inf).amin(dim=-1)
+    return density + torch.where(apart.isinf(), distance.max(), apart).log(), distance
+
+
+def segment_sums(features: Tensor, group: Tensor, groups: int) -> Tensor:
+    """As :func:`sum_by_group`, for many groups: the rows are sorted by group and added up one after the other.
+
+    Example:
+        >>> segment_sums(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 2]), 3).tolist()
+        [[2.0], [0.0], [5.0]]
+    """
+    order = group.sort(stable=True).indices
+    lengths = torch.bincount(group, minlength=groups)
+    return torch.segment_reduce(features.float()[order], "sum", lengths=lengths, axis=0, initial=0)
+
+
+def chain_heads(before: Tensor, after: Tensor, count: int, *, closure: bool = True) -> Tensor:
+    """Give all that hangs together, directly or not, the lowest number among it.
+
+    Args:
+        before: int64 ``[L]``, one of each pair that hangs together.
+        after: int64 ``[L]``, the other.
+        count: number of things.
+        closure: go on until nothing changes; False stops as the official code does, where each head is its own.
+
+    Returns:
+        int64 ``[count]``.
+
+    Example:
+        >>> chain_heads(torch.tensor([0, 1, 3]), torch.tensor([1, 2, 4]), 5).tolist()
+        [0, 0, 0, 3, 3]
+    """
+    head = torch.arange(count, device=before.device)
+    while True:
+        lower = torch.minimum(head[before], head[after])
+        changed = head.scatter_reduce(0, before, lower, "amin").scatter_reduce_(0, after, lower, "amin")
+        if closure:
+            # Heads are told too, or a chain would grow by one link in each round.
+            changed = changed.scatter_reduce(0, head[before], lower, "amin").scatter_reduce_(
+                0, head[after], lower, "amin"
+            )
+        changed = changed[changed]
+        settled = torch.equal(changed, head) if closure else torch.equal(changed, changed[changed])
+        head = changed
+        if settled:
+            return head

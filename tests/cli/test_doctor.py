@@ -25,7 +25,16 @@ def test_it_names_versions_readers_backends_and_families(capsys: pytest.CaptureF
     assert found["readers"]["pyav"] == "works, the default"
     assert found["attention"]["sdpa"] == "works"
     assert found["families"]["llava"] == "works"
+    assert any("attention_stats" in names for where, names in found["kernels"].items() if where.startswith("in "))
     assert set(found) == {"versions", "torchvision", "devices", "readers", "kernels", "attention", "families"}
+
+
+def test_it_says_where_operations_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {"one": "Triton", "two": "torch: no GPU", "three": "Triton"}
+    monkeypatch.setattr("mmfast.kernels.dispatch.available", lambda: runs)
+    found = doctor.examine()["kernels"]
+    assert found["in Triton"] == "one, three"
+    assert found["in torch: no GPU"] == "two"
 
 
 def test_it_groups_families_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmfast.kernels.words import pack_codes, unpack_codes
 from mmfast.kv.entries import Entries
 from mmfast.kv.packing.kivi import Kivi
-from mmfast.kv.quantised import pack_codes, unpack_codes
 
 
 def prompt(states: torch.Tensor, visual: list[int]) -> Entries:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmfast.registry import get
 from mmfast.token_pruning import similarity
-from mmfast.token_pruning.before_llm import mmtok
 from mmfast.token_pruning.before_llm.mmtok import best_cover, coverage
 from mmfast.tokens import VisualTokens
 
@@ -35,7 +34,7 @@ def plain_cover(weights: Tensor, kept: int) -> list[int]:
 
 @pytest.mark.parametrize("candidates", [1, 3, 64])
 def test_lazy_search_matches_the_plain_one(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmtok, "_CANDIDATES", candidates)
+    monkeypatch.setattr("mmfast.kernels.greedy_cover.reference.CANDIDATES", candidates)
     weights = coverage(drawn(90, 8), drawn(90, 5, seed=1), drawn(7, 8, seed=2), 0.5, (0.2, 0.2))
     assert best_cover(weights, 40).tolist() == plain_cover(weights, 40)
 

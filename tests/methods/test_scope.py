@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from mmfast.registry import get
 from mmfast.token_pruning import similarity
-from mmfast.token_pruning.before_llm import scope
 from mmfast.token_pruning.before_llm.scope import coverage_order
 
 
@@ -30,7 +29,7 @@ def plain_order(features: torch.Tensor, saliency: torch.Tensor, kept: int, combi
 @pytest.mark.parametrize("combine", ["multi", "add"])
 @pytest.mark.parametrize("candidates", [1, 3, 64])
 def test_lazy_search_matches_the_plain_one(combine: str, candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scope, "_CANDIDATES", candidates)
+    monkeypatch.setattr("mmfast.kernels.greedy_cover.reference.CANDIDATES", candidates)
     generator = torch.Generator().manual_seed(0)
     features, saliency = torch.randn(90, 5, generator=generator), torch.rand(90, generator=generator)
     order = coverage_order(features, saliency, 40, combine)

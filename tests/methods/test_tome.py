@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmfast.kernels import rows
 from mmfast.registry import get
-from mmfast.token_pruning import similarity
 from mmfast.token_pruning.before_llm.tome import match_rounds
 from mmfast.token_pruning.encoder_base import GROUPS, EncoderTokens
-from mmfast.token_pruning.similarity import bipartite_match, halvings
+from mmfast.token_pruning.similarity import halvings
 from mmfast.tokens import Layout, VisualTokens
 
 # Two directions, slightly apart: 0 and 1 belong together, 2 and 3 do.
@@ -63,13 +63,13 @@ def test_rounds_leave_exactly_what_was_asked_for(total: int, left: int, class_to
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = torch.randn(101, 5, generator=torch.Generator().manual_seed(0))
-    expected = bipartite_match(metric, 30)
-    monkeypatch.setattr(similarity, "_BLOCK_ELEMENTS", 200)
-    assert all(torch.equal(*pair) for pair in zip(bipartite_match(metric, 30), expected, strict=True))
+    expected = match_rounds(metric, [30])
+    monkeypatch.setattr(rows, "BLOCK_ELEMENTS", 200)
+    assert all(torch.equal(*pair) for pair in zip(match_rounds(metric, [30]), expected, strict=True))
 
 
 def test_ties_go_to_the_earlier_token() -> None:
-    places, source = bipartite_match(torch.ones(6, 2), 2)
+    places, source = match_rounds(torch.ones(6, 2), [2])
     # All pairs are alike: the first two even tokens join the first odd one.
     assert source.tolist() == [1, 1, 1, 2, 0, 3]
     assert places.tolist() == [4, 1, 3, 5]

@@ -66,6 +66,7 @@ DOORS = {
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
     # The rendered world is what the embedded model, and heads for it, are trained on.
     ("training", "eval"): {"Shapes"},
+    ("cli", "kernels"): {"available"},
     ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }
 

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from mmfast.kernels.rerotate import rerotate
 from mmfast.kv.base import Adjuster
-from mmfast.kv.entries import Entries, Retained, rotate
+from mmfast.kv.entries import Entries, Retained
 from mmfast.registry import register
 
 
@@ -36,5 +37,5 @@ class KeyRerotation(Adjuster):
         cos, sin = entries.rotation.at(torch.arange(len(entries), device=keys.device))
         # Entries that go are turned somewhere too; nobody looks at them.
         rank = (kept.cumsum(dim=-1) - 1).clamp_min(0)
-        moved = rotate(entries.rotation.undo(keys), cos.float()[rank], sin.float()[rank])
-        return replace(retained, keys=moved.to(keys.dtype))
+        moved = rerotate(keys[None], (entries.rotation.cos, entries.rotation.sin), (cos, sin), rank[None])
+        return replace(retained, keys=moved[0])

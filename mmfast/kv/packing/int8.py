@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfast.kernels.words import Codes, codes_per_word
 from mmfast.kv.base import Packed, Packer
 from mmfast.kv.entries import Entries
 from mmfast.kv.quantised import Side, usable
 from mmfast.registry import register
 
 _LARGEST = 127
+_LEVELS = 256
 
 
 @register("int8", stage="cache")
@@ -49,6 +51,13 @@ class Scaled(Packed):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return codes and factors."""
         return self.codes, self.scale
+
+    def readable(self) -> Codes | None:
+        """Return integers as the words they lie in; where these end with a token."""
+        width = self.codes.shape[2]
+        if self.codes.dtype != torch.int8 or width % codes_per_word(_LEVELS):
+            return None
+        return Codes(self.codes[None].view(torch.int32), self.scale[None], None, _LEVELS, 3, width, signed=True)
 
     def restore(self) -> Tensor:
         """Return codes times factors."""

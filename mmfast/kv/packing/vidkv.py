@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mmfast.kernels.words import pack_codes, unpack_codes
 from mmfast.kv.base import Packed, Packer, top_mask
 from mmfast.kv.entries import Entries
-from mmfast.kv.quantised import Raw, Side, affine, check_group, in_groups, minmax, pack_codes, split, unpack_codes
+from mmfast.kv.quantised import Raw, Side, affine, check_group, in_groups, minmax, split
 from mmfast.registry import register
 
 _ROWS = 64

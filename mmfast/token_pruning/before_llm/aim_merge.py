@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfast.kernels.bipartite_merge import bipartite_merge
 from mmfast.registry import register
 from mmfast.token_pruning.base import Merger
-from mmfast.token_pruning.similarity import bipartite_match, halvings, merged_keep, sum_by_group
+from mmfast.token_pruning.similarity import halvings, merged_keep
 from mmfast.tokens import Keep, VisualTokens
 
 
@@ -57,8 +58,6 @@ def average_pairs(features: Tensor, rounds: Iterable[int]) -> tuple[Tensor, Tens
     merged = features.float()
     source = slots = torch.arange(features.shape[0], device=features.device)
     for merges in rounds:
-        places, joined = bipartite_match(merged, merges)
-        members = torch.bincount(joined, minlength=places.numel())
-        merged = sum_by_group(merged, joined, places.numel()) / members[:, None]
+        merged, _, places, joined = (part[0] for part in bipartite_merge(merged[None], merges))
         source, slots = joined[source], slots[places]
     return merged.to(features.dtype), slots, source

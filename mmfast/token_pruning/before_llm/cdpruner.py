@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mmfast.kernels.conditional_dpp import conditional_dpp
 from mmfast.registry import register
 from mmfast.token_pruning.base import Selector, check_choice
 from mmfast.token_pruning.similarity import normalised
 from mmfast.tokens import VisualTokens
-
-_FLOOR = 1e-10
 
 
 @register("cdpruner", stage="before_llm", paper="arXiv 2506.10967", source="Theia-4869/CDPruner", vectors=True)
@@ -161,27 +159,4 @@ def likeliest_subset(features: Tensor, relevance: Tensor, kept: int) -> Tensor:
         >>> likeliest_subset(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.ones(3), 2).tolist()
         [0, 2]
     """
-    unit = normalised(features)
-    relevance = relevance.float()
-    total = unit.shape[0]
-    # What each token would still add to the determinant, given what is chosen.
-    gain = relevance.square() * unit.square().sum(dim=-1)
-    floor = _FLOOR * float(gain.max()) if total else 0.0
-    rows = unit.new_zeros(kept, total)
-    free = torch.ones(total, dtype=torch.bool, device=unit.device)
-    picks = torch.empty(kept, dtype=torch.int64, device=unit.device)
-    for step in range(kept):
-        best = gain.masked_fill(~free, -torch.inf)
-        pick = int(best.argmax())
-        spent = float(best[pick]) <= floor or math.isnan(float(best[pick]))
-        if spent:
-            pick = int(relevance.masked_fill(~free, -torch.inf).argmax())
-        picks[step] = pick
-        free[pick] = False
-        if spent:
-            continue
-        kernel = relevance[pick] * relevance * (unit @ unit[pick])
-        row = (kernel - rows[:step, pick] @ rows[:step]) / gain[pick].sqrt()
-        rows[step] = row
-        gain = gain - row.square()
-    return picks
+    return conditional_dpp(features[None], relevance[None], kept)[0]

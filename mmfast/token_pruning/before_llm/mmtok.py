@@ -9,13 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfast.kernels.greedy_cover import greedy_cover
 from mmfast.registry import register
 from mmfast.token_pruning.base import Selector, VisionSignal
 from mmfast.token_pruning.similarity import normalised, row_blocks
 from mmfast.tokens import VisualTokens
-
-_CANDIDATES = 64
-"""Tokens looked at again at once."""
 
 
 @register("mmtok", stage="before_llm", paper="arXiv 2508.18264", source="Ironieser/MMTok", vectors=True)
@@ -97,9 +95,6 @@ def coverage(
 def best_cover(weights: Tensor, kept: int, excluded: Tensor | None = None) -> Tensor:
     """Pick tokens one by one, each adding most to the sum of the best weights so far.
 
-    What a token adds can only shrink as others are picked, so an old value bounds it from above: only tokens whose
-    bound could still win are looked at again.
-
     Args:
         weights: float32 ``[N, R]``, 0 or more: how well each token covers each thing.
         kept: how many tokens; all where there are fewer.
@@ -112,23 +107,9 @@ def best_cover(weights: Tensor, kept: int, excluded: Tensor | None = None) -> Te
         >>> best_cover(torch.tensor([[0.5, 0.0], [0.4, 0.4], [0.0, 0.3]]), 2).tolist()
         [1, 0]
     """
-    total, device = weights.shape[0], weights.device
-    covered = weights.new_zeros(weights.shape[1])
-    bound = weights.sum(dim=1)
+    total = weights.shape[0]
+    barred = torch.zeros(total, dtype=torch.bool, device=weights.device)
     if excluded is not None:
-        bound[excluded] = -torch.inf
-    fresh = torch.ones(total, dtype=torch.bool, device=device)
-    picks = torch.empty(min(kept, int(bound.isfinite().sum())), dtype=torch.int64, device=device)
-    for step in range(picks.numel()):
-        pick = bound.argmax()
-        while not fresh[pick]:
-            stale = bound.masked_fill(fresh, -torch.inf).topk(min(_CANDIDATES, total)).indices
-            gain = (weights[stale] - covered).clamp_min_(0.0).sum(dim=1)
-            bound[stale] = torch.where(fresh[stale], bound[stale], gain)
-            fresh[stale] = True
-            pick = bound.argmax()
-        picks[step] = pick
-        bound[pick] = -torch.inf
-        covered = torch.maximum(covered, weights[pick])
-        fresh = bound.isneginf()
-    return picks
+        barred[excluded] = True
+    free = total if excluded is None else total - int(barred.sum())
+    return greedy_cover(weights[None], min(kept, free), excluded=barred[None])[0]

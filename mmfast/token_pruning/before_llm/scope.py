@@ -6,18 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from mmfast.kernels.greedy_cover import Combine, greedy_cover_cosine
 from mmfast.registry import register
+from mmfast.token_pruning import similarity
 from mmfast.token_pruning.base import Selector, VisionSignal, check_choice
-from mmfast.token_pruning.similarity import Cosines, row_blocks
 from mmfast.tokens import VisualTokens
-
-Combine = Literal["multi", "add"]
-
-_CANDIDATES = 64
-"""Tokens whose gain is computed at once."""
 
 
 @register("scope", stage="before_llm", paper="arXiv 2510.24214", source="kinredon/SCOPE", vectors=True)
@@ -64,9 +59,6 @@ class Scope(Selector):
 def coverage_order(features: Tensor, saliency: Tensor, kept: int, combine: Combine = "multi") -> Tensor:
     """Pick ``kept`` rows greedily by the coverage they add, weighted with their saliency.
 
-    What a row adds can only shrink as others are picked, so an old value bounds it from above: only rows
-    whose bound could still win are computed again.
-
     Args:
         features: ``[N, C]``, any float dtype.
         saliency: float32 ``[N]``, not negative.
@@ -77,32 +69,12 @@ def coverage_order(features: Tensor, saliency: Tensor, kept: int, combine: Combi
         int64 ``[kept]`` in order of picking. Ties go to the lower index.
 
     Example:
+        >>> import torch
         >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
         >>> coverage_order(features, torch.ones(3), 2).tolist()
         [1, 2]
     """
-    cosines = Cosines(features)
-    total = len(cosines)
-    device = saliency.device
-    covered = torch.zeros(total, device=device)
-
-    def score(rows: Tensor) -> Tensor:
-        gain = (cosines.between(rows) - covered).clamp_min_(0).sum(dim=1)
-        return gain * saliency[rows] if combine == "multi" else gain + saliency[rows]
-
-    everyone = torch.arange(total, device=device)
-    bound = torch.cat([score(everyone[part]) for part in row_blocks(total, total)])
-    picks = torch.empty(kept, dtype=torch.int64, device=device)
-    fresh = torch.ones(total, dtype=torch.bool, device=device)
-    for step in range(kept):
-        pick = bound.argmax()
-        while not fresh[pick]:
-            stale = bound.masked_fill(fresh, -torch.inf).topk(min(_CANDIDATES, total)).indices
-            bound[stale] = torch.where(fresh[stale], bound[stale], score(stale))
-            fresh[stale] = True
-            pick = bound.argmax()
-        picks[step] = pick
-        bound[pick] = -torch.inf
-        torch.maximum(covered, cosines.between(pick), out=covered)
-        fresh = bound.isneginf()
-    return picks
+    picks = greedy_cover_cosine(
+        features[None], kept, saliency=saliency[None], combine=combine, matrix_limit=similarity.MATRIX_LIMIT
+    )
+    return picks[0]

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmfast.kernels.bipartite_merge import bipartite_merge
 from mmfast.registry import register
 from mmfast.token_pruning.encoder_base import EncoderMerger, EncoderTokens, encoder_groups, merge_rows
-from mmfast.token_pruning.similarity import bipartite_match, halvings, merged_keep
+from mmfast.token_pruning.similarity import halvings, merged_keep
 from mmfast.tokens import Keep, VisualTokens
 
 
@@ -81,7 +82,7 @@ def match_rounds(
         class_token: the first token takes no part and stays the first.
 
     Returns:
-        As :func:`~mmfast.token_pruning.similarity.bipartite_match`, over all rounds.
+        As :func:`~mmfast.kernels.bipartite_merge.bipartite_match` without a batch, over all rounds.
 
     Example:
         >>> places, source = match_rounds(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.2], [0.0, 1.0]]), [1, 1])
@@ -92,7 +93,7 @@ def match_rounds(
     sizes = torch.ones_like(metric[:, 0]) if sizes is None else sizes
     places = source = torch.arange(metric.shape[0], device=metric.device)
     for merges in rounds:
-        stays, joined = bipartite_match(metric, merges, class_token=class_token)
-        metric, sizes = merge_rows(metric, sizes, joined, stays.numel())
+        round_ = bipartite_merge(metric[None], merges, sizes=sizes[None], class_token=class_token)
+        metric, sizes, stays, joined = (part[0] for part in round_)
         places, source = places[stays], joined[source]
     return places, source

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.budget import average_of, check_keep, resolve_layer, solve_average
+from mmfast.kernels.dpc_knn import dpc_knn
 from mmfast.registry import register
 from mmfast.token_pruning.layers import LayerDropper, LayerEvent, LayerRequest, LayerTokens
 from mmfast.token_pruning.similarity import highest_first, row_blocks, sum_by_group
@@ -262,20 +263,8 @@ def merge_by_density(states: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         ([1.0, 11.0], [0, 2])
     """
     values = states.float()
-    total = values.shape[0]
-    # Not by way of products: hidden states share a large part, beside which small distances would be lost.
-    distance = torch.cdist(values[None], values[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
-    distance = distance / values.shape[1] ** 0.5
-    near = distance.topk(clusters, dim=-1, largest=False).values
-    # The logarithm of the density: far-flung states would all have density 0 in single precision.
-    density = -near.square().mean(dim=-1)
-    rank = torch.empty(total, dtype=torch.int64, device=states.device)
-    rank[highest_first(density, total)] = torch.arange(total, device=states.device)
-    apart = distance.masked_fill(rank >= rank[:, None], torch.inf).amin(dim=-1)
-    apart = torch.where(apart.isinf(), distance.max(), apart)
-    centres = highest_first(density + apart.log(), clusters)
-    owner = distance[centres].argmin(dim=0)
-    owner[centres] = torch.arange(clusters, device=states.device)
+    found = dpc_knn(values[None], clusters)
+    centres, owner = found.centres[0], found.owner[0]
     sizes = torch.bincount(owner, minlength=clusters)
     merged = sum_by_group(values, owner, clusters) / (sizes[:, None] + 1e-6)
     return merged.to(states.dtype), centres

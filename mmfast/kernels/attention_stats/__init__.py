@@ -1,0 +1,237 @@
+"""Slices of attention that methods need, without the matrix: row sums, a few rows, column sums, mass of some columns.
+
+All take queries ``[B, H, R, d]`` and keys ``[B, G, m, d]`` in float16, bfloat16 or float32, compute in float32, and
+share the keywords of :class:`Options`. A row that sees nothing has a log-sum-exp of minus infinity and probabilities
+of zero. The Triton form has no backward: where a gradient is needed plain torch runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from mmfast.kernels.attention_stats import reference
+from mmfast.kernels.attention_stats.problem import Options, Problem, problem_of
+from mmfast.kernels.dispatch import chosen, refusal_of
+
+__all__ = ["Options", "column_sums", "few_rows", "row_lse", "visual_mass"]
+
+NAME = "attention_stats"
+_WIDEST = 256
+"""Largest head size the kernels are written for."""
+
+
+@overload
+def row_lse(query: Tensor, key: Tensor, value: None = None, **options: Unpack[Options]) -> Tensor: ...
+
+
+@overload
+def row_lse(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]: ...
+
+
+def row_lse(
+    query: Tensor, key: Tensor, value: Tensor | None = None, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute the log-sum-exp of each row of logits, and the output of the attention where values are given.
+
+    Args:
+        query: ``[B, H, R, d]``.
+        key: ``[B, G, m, d]``; G divides H.
+        value: ``[B, G, m, e]``, of the same dtype.
+        options: see :class:`Options`.
+
+    Returns:
+        float32 ``[B, H, R]``; with ``value`` also ``[B, H, R, e]`` in its dtype.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+        TypeError: if a dtype does not fit.
+
+    Example:
+        >>> states = torch.zeros(1, 1, 3, 4)
+        >>> row_lse(states, states).exp().round(decimals=4).tolist()
+        [[[1.0, 2.0, 3.0]]]
+    """
+    problem = problem_of(query, key, options)
+    if value is not None:
+        if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
+            raise ValueError(f"value {list(value.shape)} must be {[*key.shape[:3], 'e']}, as many as there are keys")
+        if value.dtype != key.dtype:
+            raise TypeError(f"value ({value.dtype}) and key ({key.dtype}) must have one dtype; convert one of them")
+    if _in_triton(problem, value, width=1 if value is None else int(value.shape[-1])):
+        from mmfast.kernels.attention_stats import triton
+
+        lse, _, read = triton.rows(problem, value, None)
+    else:
+        lse, read = reference.row_lse(problem, value)
+    return lse if read is None else (lse, read)
+
+
+def few_rows(
+    query: Tensor, key: Tensor, lse: Tensor | None = None, *, first: int = 0, **options: Unpack[Options]
+) -> Tensor:
+    """Compute the probabilities of a few rows.
+
+    The result is as large as it says: for many rows use :func:`column_sums`.
+
+    Args:
+        query: ``[B, H, R, d]`` of the rows; say by ``places`` which columns they stand in.
+        key: ``[B, G, m, d]``; G divides H.
+        lse: float32 ``[B, H, R]`` from :func:`row_lse`; None = computed.
+        first: columns before this one are seen but not returned.
+        options: see :class:`Options`.
+
+    Returns:
+        float32 ``[B, H, R, m - first]``.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+        TypeError: if a dtype does not fit.
+
+    Example:
+        >>> states = torch.zeros(1, 1, 3, 4)
+        >>> few_rows(states[:, :, 1:2], states, places=torch.tensor([1])).tolist()
+        [[[[0.5, 0.5, 0.0]]]]
+    """
+    problem = problem_of(query, key, options)
+    _check(problem, lse, first)
+    if _in_triton(problem, lse):
+        from mmfast.kernels.attention_stats import triton
+
+        return triton.probabilities(problem, lse, first)
+    return reference.few_rows(problem, lse, first)
+
+
+def column_sums(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    heads: Literal["none", "mean", "max"] = "none",
+    over: Literal["sum", "max"] = "sum",
+    first: int = 0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Reduce the rows to one number per column: ``c_j = sum_i w_i P_ij``.
+
+    Heads are reduced entry by entry before the rows are, also where the two do not commute: ``heads="max"`` adds up
+    the largest entry over the heads, ``heads="mean", over="max"`` takes the largest mean. Rows of weight zero are
+    not computed.
+
+    Args:
+        query: ``[B, H, R, d]``.
+        key: ``[B, G, m, d]``; G divides H.
+        lse: float32 ``[B, H, R]`` from :func:`row_lse`, worth keeping where columns are summed more than once;
+            None = computed.
+        weights: ``[R]``, ``[B, R]`` or, for ``heads="none"``, ``[B, H, R]`` weight of each row; None = 1.
+        heads: ``"none"`` returns each head.
+        over: ``"sum"``, or ``"max"`` for the largest ``w_i P_ij`` and at least zero.
+        first: columns before this one are seen but not returned.
+        options: see :class:`Options`.
+
+    Returns:
+        float32 ``[B, m - first]``, or ``[B, H, m - first]`` for ``heads="none"``.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number or name is out of range.
+        TypeError: if a dtype does not fit.
+
+    Example:
+        >>> states = torch.zeros(1, 1, 2, 4)
+        >>> column_sums(states, states, heads="mean").tolist()
+        [[1.5, 0.5]]
+    """
+    problem = problem_of(query, key, options)
+    batch, count, rows, _ = problem.sizes
+    if heads not in ("none", "mean", "max"):
+        raise ValueError(f"heads={heads!r} must be one of 'none', 'mean', 'max'")
+    if over not in ("sum", "max"):
+        raise ValueError(f"over={over!r} must be one of 'sum', 'max'")
+    _check(problem, lse, first)
+    if weights is None:
+        weights = torch.ones(rows, device=query.device)
+    shape = (batch, rows) if weights.ndim < 3 else (batch, count, rows)
+    if weights.ndim == 3 and heads != "none":
+        raise ValueError(f"weights {list(weights.shape)} of each head need heads='none', not {heads!r}")
+    if tuple(weights.shape) not in {(rows,), shape}:
+        raise ValueError(
+            f"weights {list(weights.shape)} must be [{rows}], [{batch}, {rows}] or [{batch}, {count}, {rows}]"
+        )
+    weights = weights.expand(shape)
+    if _in_triton(problem, lse, weights):
+        from mmfast.kernels.attention_stats import triton
+
+        return triton.column_sums(problem, lse, weights, heads, over, first)
+    return reference.column_sums(problem, lse, weights, heads, over, first)
+
+
+def visual_mass(query: Tensor, key: Tensor, visual: Tensor, **options: Unpack[Options]) -> Tensor:
+    """Compute how much each row gives to some columns together: ``m_i = sum_{j in V} P_ij``.
+
+    Args:
+        query: ``[B, H, R, d]``.
+        key: ``[B, G, m, d]``; G divides H.
+        visual: ``[m]`` or ``[B, m]`` bool, the columns.
+        options: see :class:`Options`.
+
+    Returns:
+        float32 ``[B, H, R]``.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+        TypeError: if a dtype does not fit.
+
+    Example:
+        >>> states = torch.zeros(1, 1, 2, 4)
+        >>> visual_mass(states, states, torch.tensor([False, True])).tolist()
+        [[[0.0, 0.5]]]
+    """
+    problem = problem_of(query, key, options)
+    batch, _, _, columns = problem.sizes
+    if visual.dtype != torch.bool:
+        raise TypeError(f"visual must be bool, not {visual.dtype}")
+    if tuple(visual.shape) not in {(columns,), (batch, columns)}:
+        raise ValueError(f"visual {list(visual.shape)} must be [{columns}] or [{batch}, {columns}]")
+    visual = visual.expand(batch, columns)
+    if _in_triton(problem, visual):
+        from mmfast.kernels.attention_stats import triton
+
+        return triton.rows(problem, None, visual)[1]
+    return reference.visual_mass(problem, visual)
+
+
+def refusal(*tensors: Tensor | None, width: int) -> str:
+    """Say why the Triton form cannot run on these tensors; empty where it can.
+
+    Args:
+        tensors: all of the arguments; None = not given.
+        width: head size.
+
+    Example:
+        >>> refusal(width=512)
+        'head size 512 is more than 256'
+    """
+    if width > _WIDEST:
+        return f"head size {width} is more than {_WIDEST}"
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "its Triton form has no backward, and a gradient is needed"
+    return refusal_of(*tensors)
+
+
+def _in_triton(problem: Problem, *others: Tensor | None, width: int = 1) -> bool:
+    width = max(width, int(problem.query.shape[-1]))
+    # Without rows or columns there is nothing to launch; the loops of the reference are empty then.
+    return 0 not in problem.sizes and chosen(NAME, refusal(*problem.tensors, *others, width=width)) == "triton"
+
+
+def _check(problem: Problem, lse: Tensor | None, first: int) -> None:
+    batch, heads, rows, columns = problem.sizes
+    if lse is not None and tuple(lse.shape) != (batch, heads, rows):
+        raise ValueError(
+            f"lse {list(lse.shape)} must be [{batch}, {heads}, {rows}], from row_lse with the same options"
+        )
+    if not 0 <= first <= columns:
+        raise ValueError(f"first={first} must be in [0, {columns}], a column or one past the last")

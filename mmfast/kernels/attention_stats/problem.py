@@ -1,0 +1,144 @@
+"""The arguments that all slices of attention share, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Options(TypedDict, total=False):
+    """How logits come about and what a row sees, the same for all slices.
+
+    A logit is ``(softcap(q . k * scaling) + mask) / temperature``.
+
+    Attributes:
+        scaling: factor of the products, ``d ** -0.5`` when None or left out.
+        softcap: cap of the logits, ``softcap * tanh(x / softcap)``; None = none.
+        temperature: divides the logits; 1.
+        causal: rows see no column after their own; True.
+        window: rows see their own column and the ``window - 1`` before it; None = all.
+        places: ``[R]`` or ``[B, R]`` int64, the column each row stands in, for ``causal`` and ``window``; None = the
+            last R columns, in order.
+        valid: ``[B, m]`` bool, columns that exist: the way to padded batches of prompts of several lengths. It says
+            nothing about rows; what padded rows give is left out by their weights. None = all.
+        mask: ``[B or 1, H or 1, R, m]`` bool (True = visible) or additive, on top of the others; an additive value
+            below half of the lowest float32 hides, as minus infinity does. None = none.
+    """
+
+    scaling: float | None
+    softcap: float | None
+    temperature: float
+    causal: bool
+    window: int | None
+    places: Tensor | None
+    valid: Tensor | None
+    mask: Tensor | None
+
+
+HIDES = torch.finfo(torch.float32).min / 2
+"""Additive values at or below this hide a column."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked arguments.
+
+    Attributes:
+        query: ``[B, H, R, d]``.
+        key: ``[B, G, m, d]``; G divides H.
+        scaling: factor of the products.
+        softcap: cap of the logits, if any.
+        temperature: divides the logits.
+        causal: whether rows see no column after their own.
+        window: how many columns a row sees at most, if limited.
+        places: ``[B, R]`` int64, if rows do not stand in the last columns.
+        valid: ``[B, m]`` bool, if some columns do not exist.
+        mask: ``[B, H, R, m]`` bool or additive, possibly expanded.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    softcap: float | None
+    temperature: float
+    causal: bool
+    window: int | None
+    places: Tensor | None
+    valid: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, H, R and m."""
+        batch, heads, rows, _ = self.query.shape
+        return int(batch), int(heads), int(rows), int(self.key.shape[2])
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors there are."""
+        return self.query, self.key, self.places, self.valid, self.mask
+
+
+def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
+    """Check arguments and fill in what was left out.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+        TypeError: if a dtype does not fit.
+    """
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} must be [B, H, R, d] and [B, G, m, d]")
+    batch, heads, rows, width = query.shape
+    groups, columns = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[3] != width or not groups or heads % groups:
+        raise ValueError(
+            f"key {list(key.shape)} must be [{batch}, G, m, {width}] with G a divisor of {heads}, "
+            f"to fit query {list(query.shape)}"
+        )
+    if not query.is_floating_point() or query.dtype != key.dtype:
+        raise TypeError(
+            f"query ({query.dtype}) and key ({key.dtype}) must have one floating dtype; convert one of them"
+        )
+    scaling, softcap, window = options.get("scaling"), options.get("softcap"), options.get("window")
+    temperature = options.get("temperature", 1.0)
+    for name, value in (("softcap", softcap), ("temperature", temperature)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must be a positive number")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1; leave it out for no limit")
+    places, valid, mask = options.get("places"), options.get("valid"), options.get("mask")
+    if places is not None:
+        if places.dtype != torch.int64:
+            raise TypeError(f"places must be int64, not {places.dtype}")
+        places = _expanded("places", places, (batch, rows))
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid must be bool, not {valid.dtype}")
+        valid = _expanded("valid", valid, (batch, columns))
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"mask must be bool or floating, not {mask.dtype}")
+        mask = _expanded("mask", mask, (batch, heads, rows, columns))
+    return Problem(
+        query,
+        key,
+        width**-0.5 if scaling is None else float(scaling),
+        softcap,
+        float(temperature),
+        options.get("causal", True),
+        window,
+        places,
+        valid,
+        mask,
+    )
+
+
+def _expanded(name: str, given: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:
+        return given.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} {list(given.shape)} must be {list(shape)}, or 1 where all are alike") from error
