@@ -1,8 +1,5 @@
 """Triton: few query rows attend to long sequences that are split over programs and put together exactly."""
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# The compiler of Triton refuses annotations of other types than its own.
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -88,7 +88,7 @@ class Oracle(Drafter):
 unregister("oracle")
 
 
-class registered:  # noqa: N801 - reads as a word: with registered(): ...
+class registered:
     """Make the oracle known for a while."""
 
     def __init__(self, answers: Sequence[Sequence[int]]) -> None:

@@ -1,8 +1,5 @@
 """Slices of attention in Triton: one pass over the logits each, none of them stored."""
 
-# Kernels are compiled by Triton, which has types of its own.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any, Literal

@@ -1,8 +1,5 @@
 """Gathering in Triton: one launch for several tensors of any size and dtype."""
 
-# Kernels are compiled by Triton, which has types of its own.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,8 +1,5 @@
 """Triton: tiles that no rectangle touches are passed over, and only those on an edge look at the rectangles."""
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# The compiler of Triton refuses annotations of other types than its own.
-
 from __future__ import annotations
 
 from collections.abc import Callable

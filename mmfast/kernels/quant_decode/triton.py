@@ -1,8 +1,5 @@
 """Triton: codes are read as they are stored and turned into numbers in registers."""
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# The compiler of Triton refuses annotations of other types than its own.
-
 from __future__ import annotations
 
 import torch

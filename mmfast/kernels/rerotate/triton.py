@@ -1,8 +1,5 @@
 """Rotation in Triton: keys are read once and written once."""
 
-# Kernels are compiled by Triton, which has types of its own.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-
 from __future__ import annotations
 
 import torch
