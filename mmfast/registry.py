@@ -87,7 +87,7 @@ class MethodInfo:
 
     @property
     def turns(self) -> str:
-        """What later turns of a chat see: ``any question``, or what the ``first question`` left; nothing for drafters."""
+        """What later turns of a chat see: ``any question`` or what the ``first question`` left; empty for drafters."""
         if self.stage == "decode":
             return ""
         return "first question" if self.reads_question else "any question"
