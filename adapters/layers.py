@@ -72,7 +72,8 @@ class LayerRunner:
         requests = {e.layer: self.dropper.request(e) for e in inner.events.values()} if self.dropper else {}
         ahead = {request.layer for request in requests.values() if request is not None and not request.rotary}
         affected = self._affected(inner) | ahead | set(routed)
-        for index, layer in enumerate(self.adapter.layers):
+        touched = self.adapter.layers if affected or inner.deepstack else ()
+        for index, layer in enumerate(touched):
             if index in affected:
                 handle = layer.register_forward_pre_hook(self._pre_hook(inner, index), with_kwargs=True)
                 inner.undo.append(handle.remove)

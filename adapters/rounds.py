@@ -57,6 +57,8 @@ class ModelRounds:
     def __init__(self, binding: Binding, cache: Any) -> None:
         self.binding, self.cache = binding, cache
         self.model = binding.adapter.model
+        # Looked up once: it reads a signature.
+        self._options = {"logits_to_keep": 0} if self.model._supports_logits_to_keep() else {}
         self.read: _Read | None = None
         self._hidden: Tensor | None = None
         self._start: Tensor | None = None
@@ -200,7 +202,6 @@ class ModelRounds:
         mask = None
         if real is not None:
             mask = torch.nn.functional.pad(real.long(), (seen, 0), value=1)
-        options = {"logits_to_keep": 0} if self.model._supports_logits_to_keep() else {}
         self.binding.block = block
         try:
             output = self.model(
@@ -210,7 +211,7 @@ class ModelRounds:
                 past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
-                **options,
+                **self._options,
             )
         finally:
             self.binding.block = None
@@ -222,6 +223,9 @@ class ModelRounds:
     def verify(self, drafts: Mapping[int, tuple[int, Draft]]) -> Outcome:
         """Run the root and the draft of each row in one forward; rows that have ended are not named."""
         device = self.cache.layers[0].slots.device
+        if len(self.added) == 1 and not drafts[0][1].tokens:
+            alone = torch.tensor([[drafts[0][0]]], device=device)
+            return self.forward(alone, None, torch.zeros_like(alone), None)
         batch, query = len(self.added), 1 + max(len(draft.tokens) for _, draft in drafts.values())
         even = len(drafts) == batch and all(len(draft.tokens) + 1 == query for _, draft in drafts.values())
         filler = next(iter(drafts.values()))[0]
@@ -248,6 +252,11 @@ class ModelRounds:
     def accept(self, paths: Mapping[int, Sequence[int]]) -> None:
         """Keep the nodes of each path and forget the others."""
         batch, width = len(self.added), max(len(path) for path in paths.values())
+        if self._query == 1 and len(paths) == batch and self.binding.kv.retriever is None:
+            # One token each, of which all stay.
+            self.added = [added + 1 for added in self.added]
+            self._columns += 1
+            return
         places = torch.arange(width).repeat(batch, 1)
         real = torch.zeros(batch, width, dtype=torch.bool)
         for row, path in paths.items():
@@ -279,6 +288,8 @@ class ModelRounds:
 
     def room(self) -> int | None:
         """Say how many tokens one forward may take; None for any number."""
+        if self.binding.kv.packer is None:
+            return None
         rooms = [room for layer in self.cache.layers if (room := layer.room()) is not None]
         return min(rooms, default=None)
 
