@@ -21,7 +21,6 @@ def test_there_is_something_to_interpret() -> None:
 
 
 # File by file, so that workers share them.
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_interpreted(path: Path) -> None:

@@ -77,7 +77,6 @@ def test_one_clip_is_evicted_as_a_prompt_is() -> None:
         assert (own.keys - other.keys).abs().max() < 1e-5
 
 
-@pytest.mark.slow
 def test_two_thousand_frames_in_flat_memory() -> None:
     family = FAMILIES["llava"]
     model = family.model()
