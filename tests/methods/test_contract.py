@@ -93,7 +93,7 @@ def test_every_supported_model_type_is_tested() -> None:
 
 
 def test_methods_of_other_stages_have_a_battery_of_their_own() -> None:
-    assert {info.stage for info in mmfast.methods()} == {"before_llm", "in_llm", "cache"}
+    assert {info.stage for info in mmfast.methods()} == {"before_llm", "in_llm", "cache", "decode"}
 
 
 # ------------------------------------------------------------------------------ off means off
