@@ -213,7 +213,12 @@ class Plan:
         shown = alive if mode == "freeze" else attending
         fed = alive if mode == "attention" else attending
         full = visual + text
-        held = _held(self.at("cache"), shown, text)
+        cached = list(shown)
+        for method in self.at("in_llm"):
+            # Where earlier caches are cut, they hold what is alive behind the cut.
+            for event, first, last in method.truncations(shape.layers) if isinstance(method, LayerDropper) else ():
+                cached[first:last] = [min(count, alive[event]) for count in cached[first:last]]
+        held = _held(self.at("cache"), cached, text)
         return Prediction(
             entered=entered,
             tokens_per_layer=tuple(attending),
