@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmfast.kernels import dispatch
+from support.compiling import compiling
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,11 +42,11 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[ModuleType], list[str]]:
+def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
     """Compile kernels for a GPU that need not be there, instead of launching them.
 
-    The interpreter takes Python that no compiler does. Given the module of an operation's Triton form, its launches
-    do nothing but compile from then on; the list that is returned grows by the name of each kernel compiled.
+    The interpreter takes Python that no compiler does. Given the module of an operation's Triton form, and names of
+    kernels, their launches do nothing but compile from then on; the list that is returned grows by the name of each.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -54,77 +55,7 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[M
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     # Some releases warn where their default for this is not confirmed.
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from triton.runtime.jit import JITFunction
-
-    done: list[str] = []
-
-    def replace(module: ModuleType) -> list[str]:
-        for name, kernel in vars(module).copy().items():
-            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, _Compiled(name, kernel, done))
-        return done
-
-    return replace
-
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-}
-_SHARED = 99 * 1024
-
-
-class _Compiled:
-    """Stands in for a kernel."""
-
-    def __init__(self, name: str, kernel: Any, done: list[str]) -> None:
-        self.name, self.kernel, self.done = name, kernel, done
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.compile
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        launch = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        signature, constants, hints = {}, {}, {}
-        plain = {(place,) for place, own in enumerate(self.kernel.params) if own.do_not_specialize}
-
-        def kind(path: tuple[int, ...], value: Any) -> Any:
-            """Say what the compiler is told of an argument, as a launch would."""
-            if isinstance(value, tuple):
-                return tuple(kind((*path, place), part) for place, part in enumerate(value))
-            if isinstance(value, Tensor):
-                hints[path] = [["tt.divisibility", 16]]
-                return _POINTERS[value.dtype]
-            if isinstance(value, float):
-                return "fp32"
-            # A one becomes part of the code, unless that was ruled out; inside of tuples it cannot be.
-            if isinstance(value, int) and (value != 1 or path in plain):
-                return "i32"
-            constants[path] = value
-            return "constexpr"
-
-        for place, parameter in enumerate(self.kernel.params):
-            value = given.get(parameter.name, parameter.default)
-            if parameter.is_constexpr:
-                signature[parameter.name], constants[(place,)] = "constexpr", value
-            else:
-                signature[parameter.name] = kind((place,), value)
-        source = ASTSource(self.kernel, signature, constants, hints)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-        assert made.metadata.shared <= _SHARED, f"{self.name} needs {made.metadata.shared} bytes of shared memory"
-        self.done.append(self.name)
+    return partial(compiling, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mmfast.kernels import dispatch
 from mmfast.kv.packing.int8 import Int8
 from mmfast.kv.packing.kivi import Kivi
-from support.compiling import compiling
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
-]
+Compile = Callable[..., list[str]]
 
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if dispatch.interpreted():
-        pytest.skip("kernels that are interpreted cannot be compiled")
-    import triton
-
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.float32, 256)], ids=str)
-def test_split_attention(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_attention(
+    dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch, compile_only: Compile
+) -> None:
     from mmfast.kernels import split_attention
     from mmfast.kernels.split_attention import Source, attend
 
-    found = compiling(monkeypatch, split_attention, "_partial", "_merge")
+    found = compile_only(split_attention, "_partial", "_merge")
     monkeypatch.setattr(split_attention, "processors", lambda device: 64)
     query, key = torch.zeros(2, 8, 20, width, dtype=dtype), torch.zeros(2, 2, 900, width, dtype=dtype)
     indices, counts = torch.zeros(2, 2, 500, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
@@ -50,10 +39,15 @@ def test_split_attention(dtype: torch.dtype, width: int, monkeypatch: pytest.Mon
     [(torch.bfloat16, Kivi(bits=4)), (torch.bfloat16, Int8()), (torch.float32, Kivi(bits=2))],
     ids=lambda one: one.to_text() if isinstance(one, Kivi | Int8) else str(one),
 )
-def test_quant_decode(dtype: torch.dtype, method: Kivi | Int8, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quant_decode(
+    dtype: torch.dtype,
+    method: Kivi | Int8,
+    monkeypatch: pytest.MonkeyPatch,
+    compile_only: Compile,
+) -> None:
     from mmfast.kernels.quant_decode import triton
 
-    found = compiling(monkeypatch, triton, "_codes")
+    found = compile_only(triton, "_codes")
     states = torch.zeros(2, 60, 128, dtype=dtype)
     key, value = (method.pack(states[:, :count], side, None).readable() for side, count in (("key", 32), ("value", 50)))
     query, seen = torch.zeros(1, 8, 1, 128, dtype=dtype), torch.ones(1, 1, 1, 60, dtype=torch.bool)
@@ -64,10 +58,10 @@ def test_quant_decode(dtype: torch.dtype, method: Kivi | Int8, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.float32, 256)], ids=str)
-def test_masked_rect(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_rect(dtype: torch.dtype, width: int, compile_only: Compile) -> None:
     from mmfast.kernels.masked_rect import triton
 
-    found = compiling(monkeypatch, triton, "_forward", "_backward_query", "_backward_states")
+    found = compile_only(triton, "_forward", "_backward_query", "_backward_states")
     query = torch.zeros(1, 4, 40, width, dtype=dtype, requires_grad=True)
     key = torch.zeros(1, 2, 40, width, dtype=dtype, requires_grad=True)
     places, valid = torch.arange(40)[None], torch.ones(1, 40, dtype=torch.bool)
