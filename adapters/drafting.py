@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 from functools import wraps
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from mmfast.adapters.self_draft import VisualScores
 from mmfast.adapters.voice import AnswerVoice
 from mmfast.report import Drafting
 from mmfast.speculative.adaptive import Adaptive
-from mmfast.speculative.base import Drafter, Request
+from mmfast.speculative.base import Drafter, Request, Session
 from mmfast.speculative.decode import Rounds
 
 if TYPE_CHECKING:
@@ -179,22 +180,28 @@ class DraftingRunner:
         record: Drafting,
     ) -> None:
         request = self._request(rounds, voice, first, ids, mask, config)
-        session = self.drafter.start(request)
         device = ids.device
+
+        def start() -> Session:
+            prefill = rounds.described(ids) if self.drafter.needs_hidden else ()
+            return self.drafter.start(replace(request, prefill=prefill))
+
+        loop = Rounds(
+            rounds,
+            voice,
+            # What reads the prompt again is worth beginning only where a draft is wanted.
+            start if self.drafter.needs_hidden else start(),
+            request,
+            most=self.drafter.most,
+            trees=self.drafter.trees,
+            adaptive=self._controller(len(first)),
+            record=record,
+            synchronize=(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None),
+        )
         try:
-            Rounds(
-                rounds,
-                voice,
-                session,
-                request,
-                most=self.drafter.most,
-                trees=self.drafter.trees,
-                adaptive=self._controller(len(first)),
-                record=record,
-                synchronize=(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None),
-            ).run(roots)
+            loop.run(roots)
         finally:
-            session.close()
+            loop.close()
 
     def _controller(self, rows: int) -> Adaptive | None:
         """Return what chooses the length of drafts; it is kept over calls and knows what they cost."""
@@ -224,7 +231,6 @@ class DraftingRunner:
             device=ids.device,
             dtype=model.dtype,
             memory=self.memory,
-            prefill=rounds.described(ids) if self.drafter.needs_hidden else (),
             embed=model.get_input_embeddings(),
             head=head,
             model=rounds if self.drafter.needs_model else None,

@@ -15,6 +15,11 @@ from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Draft, Request, Session, Verified
 from mmfast.speculative.verify import reject, walk
 
+WAIT = 4
+"""Rounds of a call without a draft, where its length follows from what pays: short answers cannot gain."""
+_KEPT = 64
+"""Rounds that a session is told of afterwards at most; then it begins, asked or not."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -67,7 +72,7 @@ class Rounds:
     Args:
         target: the model.
         voice: what turns logits into tokens.
-        session: the drafter's.
+        session: the drafter's, or what begins it once a draft is wanted.
         request: the call.
         most: tokens a draft has at most.
         trees: whether drafts branch.
@@ -80,7 +85,7 @@ class Rounds:
         self,
         target: Target,
         voice: Voice,
-        session: Session,
+        session: Session | Callable[[], Session],
         request: Request,
         *,
         most: int,
@@ -89,7 +94,9 @@ class Rounds:
         record: Drafting,
         synchronize: Callable[[], None],
     ) -> None:
-        self.target, self.voice, self.session, self.request = target, voice, session, request
+        self.target, self.voice, self.request = target, voice, request
+        self._session, self._round = session, 0
+        self._missed: list[Mapping[int, Verified]] = []
         self.most, self.trees = most, trees
         self.adaptive, self.record, self.synchronize = adaptive, record, synchronize
 
@@ -109,14 +116,16 @@ class Rounds:
             end = time.perf_counter()
             verified, ended = self._walk(alive, drafts, outcome)
             self.target.accept({row: seen.path for row, seen in verified.items()})
-            self.session.observe(verified)
+            self._observe(verified)
             alive = {row: seen.emitted[-1] for row, seen in verified.items() if row not in ended}
             self._note(drafts, verified, ended, middle - begin, end - middle)
 
     def _drafts(self, roots: Mapping[int, int]) -> dict[int, Draft]:
         """Ask the drafter, and take out what cannot be."""
-        room = self.target.room()
         self.budgets = budget = dict[int, int]()
+        if self.adaptive is not None and self._round < WAIT:
+            return dict.fromkeys(roots, Draft())
+        room = self.target.room()
         for row in roots:
             # The model gives one token itself; a tree may be wider than what is left is long.
             left = self.voice.left(row) - 1
@@ -126,8 +135,29 @@ class Rounds:
                 most = min(most, self.adaptive.budget(row, most))
             if most > 0:
                 budget[row] = most
-        found = self.session.propose({row: roots[row] for row in budget}, budget) if budget else {}
+        found = self._begun().propose({row: roots[row] for row in budget}, budget) if budget else {}
         return {row: self._legal(found[row], budget[row]) if row in found else Draft() for row in roots}
+
+    def _begun(self) -> Session:
+        """Return the session; it is begun where it is first asked, and told what it has missed."""
+        if not isinstance(self._session, Session):
+            self._session = self._session()
+            for verified in self._missed:
+                self._session.observe(verified)
+            self._missed.clear()
+        return self._session
+
+    def _observe(self, verified: Mapping[int, Verified]) -> None:
+        self._round += 1
+        if not isinstance(self._session, Session) and len(self._missed) < _KEPT:
+            self._missed.append(verified)
+        else:
+            self._begun().observe(verified)
+
+    def close(self) -> None:
+        """Give back what the session holds."""
+        if isinstance(self._session, Session):
+            self._session.close()
 
     def _legal(self, draft: Draft, budget: int) -> Draft:
         """Cut a draft where it names what the model cannot say or takes more room than it has.

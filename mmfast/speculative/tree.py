@@ -198,7 +198,7 @@ class Template:
         """Keep only some nodes.
 
         Args:
-            nodes: ascending, the root first, no node without its parent, as :func:`best_nodes` gives.
+            nodes: ascending, the root first, no node without its parent.
         """
         place = {-1: -1} | {node: new for new, node in enumerate(nodes)}
         return Template(tuple(place[self.parents[node]] for node in nodes), tuple(self.ranks[node] for node in nodes))
@@ -258,27 +258,6 @@ def counted_tree(counts: Sequence[int]) -> Template:
         parents += [node] * count
         ranks += range(count)
     return Template(tuple(parents), tuple(ranks))
-
-
-def best_nodes(parents: Sequence[int], chances: Sequence[float], count: int) -> tuple[int, ...]:
-    """Choose the nodes of a tree that are expected to give most.
-
-    Args:
-        parents: parent of each node, -1 for the root.
-        chances: chance of each node to be accepted once its parent is, 0 to 1; that of the root is not read.
-        count: nodes to keep, the root not counted.
-
-    Returns:
-        Nodes in their order, the root first; none without its parent. Equal chances: the earlier node.
-
-    Example:
-        >>> best_nodes((-1, 0, 0, 1, 2), (1.0, 0.6, 0.3, 0.6, 0.9), 3)
-        (0, 1, 2, 3)
-    """
-    values = [1.0]
-    for parent, chance in zip(parents[1:], chances[1:], strict=True):
-        values.append(values[parent] * min(chance, 1.0))
-    return (0, *_best(values, count))
 
 
 def _best(values: Sequence[float], count: int) -> list[int]:

@@ -67,7 +67,7 @@ def test_same_tokens_on_every_family(family: Family, case: Any, shape: str) -> N
     found, record = drafted(model, batch, answers(batch, expected), f"oracle(adaptive_length=False, {shape})")
     for row in differing(batch, found, expected):
         # Two logits that rounding cannot tell apart: a forward of several rows may choose the other.
-        assert row < 1e-5
+        assert row < 2e-6
     assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
     assert record.emitted == (STEPS - 1) * len(batch.rows)
     assert record.accepted > 0 or "wrong_after=0" in shape

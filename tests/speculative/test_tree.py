@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from mmfast.speculative.tree import (
     Frontier,
     Template,
     ancestors,
-    best_nodes,
     children,
     counted_tree,
     depths,
@@ -108,23 +106,6 @@ def test_static_tree_refuses_twins_and_orphans(paths: list[list[int]]) -> None:
 def test_counted_tree_refuses_counts_of_nodes_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="counts has 3 entries"):
         counted_tree([1, 0, 2])
-
-
-@given(trees(9), st.data())
-@settings(max_examples=60, deadline=None)
-def test_best_nodes_expect_more_than_any_other_choice(parents: tuple[int, ...], data: st.DataObject) -> None:
-    chances = [data.draw(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])) for _ in parents]
-    count = data.draw(st.integers(0, len(parents)))
-    kept = best_nodes(parents, chances, count)
-    assert kept[0] == 0
-    assert len(kept) == min(count + 1, len(parents))
-    assert all(parents[node] in kept for node in kept[1:])
-
-    def expected(nodes: tuple[int, ...]) -> float:
-        return sum(math.prod(chances[step] for step in path_to(parents, node)[1:]) for node in nodes)
-
-    others = combinations(range(1, len(parents)), len(kept) - 1)
-    assert expected(kept[1:]) == max(expected(nodes) for nodes in others)
 
 
 def test_a_template_keeps_the_ranks_of_the_nodes_that_stay() -> None:
