@@ -20,8 +20,8 @@ from mmfast.adapters.cache import is_logical
 from mmfast.adapters.companion import TextCompanion, VisionCompanion
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.rounds import ModelRounds
+from mmfast.adapters.sampler import AnswerSampler
 from mmfast.adapters.self_draft import VisualScores
-from mmfast.adapters.voice import AnswerVoice
 from mmfast.report import Drafting
 from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Drafter, Request, Session
@@ -137,7 +137,7 @@ class DraftingRunner:
             prompt = rounds.prefill(
                 lambda: model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True), mask
             )
-            voice = AnswerVoice(
+            sampler = AnswerSampler(
                 input_ids,
                 generation_config,
                 logits_processor,
@@ -146,32 +146,32 @@ class DraftingRunner:
                 self._excluded(generation_config),
             )
             logits = prompt.logits[:, -1]
-            if voice.greedy:
+            if sampler.greedy:
                 first = logits.float().argmax(dim=-1).tolist()
             else:
-                first = [voice.choose(row, logits[row]) for row in range(len(logits))]
-            roots = {row: token for row, token in enumerate(first) if not voice.emit(row, token)}
+                first = [sampler.choose(row, logits[row]) for row in range(len(logits))]
+            roots = {row: token for row, token in enumerate(first) if not sampler.emit(row, token)}
             if roots:
-                self._rounds(rounds, voice, roots, first, input_ids, mask, generation_config, record)
+                self._rounds(rounds, sampler, roots, first, input_ids, mask, generation_config, record)
         finally:
             rounds.finish()
         if self._streamer is not None:
             self._streamer.end()
         padding = generation_config._pad_token_tensor
-        answers = voice.answers(None if padding is None else int(padding))
+        answers = sampler.answers(None if padding is None else int(padding))
         if not generation_config.return_dict_in_generate:
             return answers
         return GenerateDecoderOnlyOutput(
             sequences=answers,
-            scores=voice.stacked(voice.scores),
-            logits=voice.stacked(voice.logits),
+            scores=sampler.stacked(sampler.scores),
+            logits=sampler.stacked(sampler.logits),
             past_key_values=cache,
         )
 
     def _rounds(
         self,
         rounds: ModelRounds,
-        voice: AnswerVoice,
+        sampler: AnswerSampler,
         roots: Mapping[int, int],
         first: list[int],
         ids: Tensor,
@@ -179,7 +179,7 @@ class DraftingRunner:
         config: Any,
         record: Drafting,
     ) -> None:
-        request = self._request(rounds, voice, first, ids, mask, config)
+        request = self._request(rounds, sampler, first, ids, mask, config)
         device = ids.device
 
         def start() -> Session:
@@ -188,7 +188,7 @@ class DraftingRunner:
 
         loop = Rounds(
             rounds,
-            voice,
+            sampler,
             # What reads the prompt again is worth beginning only where a draft is wanted.
             start if self.drafter.needs_hidden else start(),
             request,
@@ -210,7 +210,13 @@ class DraftingRunner:
         return self._adaptive.setdefault(rows, Adaptive(start=min(4, self.drafter.most)))
 
     def _request(
-        self, rounds: ModelRounds, voice: AnswerVoice, first: list[int], ids: Tensor, mask: Tensor | None, config: Any
+        self,
+        rounds: ModelRounds,
+        sampler: AnswerSampler,
+        first: list[int],
+        ids: Tensor,
+        mask: Tensor | None,
+        config: Any,
     ) -> Request:
         model = self.adapter.model
         width = ids.shape[1]
@@ -221,12 +227,12 @@ class DraftingRunner:
         return Request(
             prompts=tuple(tuple(row[own].tolist()) for row, own in zip(ids, real, strict=True)),
             first=tuple(first),
-            excluded=voice.excluded,
-            stop=voice.stops,
+            excluded=sampler.excluded,
+            stop=sampler.stops,
             vocabulary=int(head.weight.shape[0]),
-            max_new_tokens=max(voice.left(row) for row in range(len(first))),
+            max_new_tokens=max(sampler.left(row) for row in range(len(first))),
             sampling=bool(config.do_sample),
-            law=voice.law_after,
+            law=sampler.law_after,
             generator=[torch.Generator(device=ids.device).manual_seed(seed + row) for row in range(len(first))],
             device=ids.device,
             dtype=model.dtype,

@@ -260,3 +260,16 @@ class Drafter(Method):
     @abstractmethod
     def start(self, request: Request) -> Session:
         """Begin a call of ``generate``; ``request.first`` is the root of the first round."""
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    Raises:
+        ValueError: naming the field and the value.
+
+    Example:
+        >>> check_count("depth", 5)
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be an int of at least {least}")

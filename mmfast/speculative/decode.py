@@ -47,7 +47,7 @@ class Target(Protocol):
         """Say how many tokens one forward may take, the root counted; None for any number."""
 
 
-class Voice(Protocol):
+class Sampler(Protocol):
     """What turns logits into tokens, one after the other, as plain decoding does."""
 
     greedy: bool
@@ -71,7 +71,7 @@ class Rounds:
 
     Args:
         target: the model.
-        voice: what turns logits into tokens.
+        sampler: what turns logits into tokens.
         session: the drafter's, or what begins it once a draft is wanted.
         request: the call.
         most: tokens a draft has at most.
@@ -84,7 +84,7 @@ class Rounds:
     def __init__(
         self,
         target: Target,
-        voice: Voice,
+        sampler: Sampler,
         session: Session | Callable[[], Session],
         request: Request,
         *,
@@ -94,7 +94,7 @@ class Rounds:
         record: Drafting,
         synchronize: Callable[[], None],
     ) -> None:
-        self.target, self.voice, self.request = target, voice, request
+        self.target, self.sampler, self.request = target, sampler, request
         self._session, self._round = session, 0
         self._missed: list[Mapping[int, Verified]] = []
         self.most, self.trees = most, trees
@@ -128,7 +128,7 @@ class Rounds:
         room = self.target.room()
         for row in roots:
             # The model gives one token itself; a tree may be wider than what is left is long.
-            left = self.voice.left(row) - 1
+            left = self.sampler.left(row) - 1
             most = min(self.most, left) if not self.trees or left < 1 else self.most
             most = most if room is None else min(most, room - 1)
             if most > 0 and self.adaptive is not None:
@@ -185,7 +185,7 @@ class Rounds:
     def _walk(
         self, roots: Mapping[int, int], drafts: Mapping[int, Draft], outcome: Outcome
     ) -> tuple[dict[int, Verified], set[int]]:
-        best = outcome.logits.argmax(dim=-1).tolist() if self.voice.greedy else None
+        best = outcome.logits.argmax(dim=-1).tolist() if self.sampler.greedy else None
         verified, ended = {}, set()
         for row, root in roots.items():
             draft = drafts[row]
@@ -217,14 +217,14 @@ class Rounds:
         def ended(token: int) -> bool:
             nonlocal over
             emitted.append(token)
-            over = self.voice.emit(row, token)
+            over = self.sampler.emit(row, token)
             return over
 
         def choose(node: int, tokens: tuple[int, ...]) -> int:
-            return self.voice.choose(row, logits[node]) if best is None else best[node]
+            return self.sampler.choose(row, logits[node]) if best is None else best[node]
 
         def law(node: int, tokens: tuple[int, ...]) -> Tensor:
-            return self.voice.law(row, logits[node])
+            return self.sampler.law(row, logits[node])
 
         def uniform() -> float:
             generator = self.request.generator[row]

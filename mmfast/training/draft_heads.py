@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmfast.speculative.base import Prefill
-from mmfast.speculative.heads import HeadConfig
-from mmfast.speculative.heads_feature import CompressedHead, FeatureHead
-from mmfast.speculative.heads_static import HydraHeads, LatentHead, MedusaHeads
+from mmfast.speculative.heads.base import HeadConfig
+from mmfast.speculative.heads.feature import CompressedHead, FeatureHead
+from mmfast.speculative.heads.static import HydraHeads, LatentHead, MedusaHeads
 from mmfast.training import losses
 
 LEVELS = 4

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import mmfast
-from mmfast.speculative.heads import HeadConfig
-from mmfast.speculative.heads_feature import CompressedHead, FeatureHead
-from mmfast.speculative.heads_static import HydraHeads, LatentHead, MedusaHeads
+from mmfast.speculative.heads.base import HeadConfig
+from mmfast.speculative.heads.feature import CompressedHead, FeatureHead
+from mmfast.speculative.heads.static import HydraHeads, LatentHead, MedusaHeads
 from support.against_plain import check
 from support.cases import case_id, one, text_only
 from support.checks import census

@@ -48,7 +48,7 @@ class TableTarget:
         return None
 
 
-class TableVoice:
+class TableSampler:
     """Sample from logits at some temperature until an answer has its length."""
 
     greedy = False
@@ -126,13 +126,13 @@ def test_law_of_whole_answers(kind: str, temperature: float) -> None:
     seen: dict[int, Counter[tuple[int, ...]]] = {0: Counter(), 1: Counter()}
     record = Drafting()
     for _ in range(ANSWERS):
-        voice = TableVoice(generator, temperature)
+        sampler = TableSampler(generator, temperature)
         rounds = Rounds(
-            TableTarget(table), voice, Guess(kind, guess, generator), request,
+            TableTarget(table), sampler, Guess(kind, guess, generator), request,
             most=4, trees=kind == "tree", adaptive=None, record=record, synchronize=lambda: None,
         )  # fmt: skip
         rounds.run({0: 2, 1: 2})
-        for row, answer in voice.answers.items():
+        for row, answer in sampler.answers.items():
             seen[row][tuple(answer)] += 1
     assert record.accepted > 0.2 * record.emitted
     for row, counts in seen.items():

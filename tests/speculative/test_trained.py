@@ -15,11 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from mmfast.registry import build
 from mmfast.speculative.base import Drafter
-from mmfast.speculative.heads import DecoderLayer, HeadConfig, _turned, rotation
-from mmfast.speculative.heads_feature import CompressedHead, FeatureHead
-from mmfast.speculative.heads_static import HydraHeads, LatentHead
-from mmfast.speculative.heads_stream import Stream, runs
-from mmfast.speculative.heads_tree import best_shape, filled
+from mmfast.speculative.heads.base import DecoderLayer, HeadConfig, _turned, rotation
+from mmfast.speculative.heads.feature import CompressedHead, FeatureHead
+from mmfast.speculative.heads.static import HydraHeads, LatentHead
+from mmfast.speculative.heads.stream import Stream, runs
+from mmfast.speculative.heads.tree import best_shape, filled
 from support.drafting import Play, Toy, check_draft
 from support.heads import (
     CONFIG,

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmfast.speculative.heads import HeadConfig
-from mmfast.speculative.heads_feature import CompressedHead, FeatureHead
-from mmfast.speculative.heads_static import HydraHeads, LatentHead, MedusaHeads
+from mmfast.speculative.heads.base import HeadConfig
+from mmfast.speculative.heads.feature import CompressedHead, FeatureHead
+from mmfast.speculative.heads.static import HydraHeads, LatentHead, MedusaHeads
 
 WIDTH, VOCABULARY = 16, 24
 SIZES = {

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mmfast.registry import parse_node, parse_text, register
-from mmfast.speculative.base import Draft, Drafter, Request, Session, Verified
+from mmfast.speculative.base import Draft, Drafter, Request, Session, Verified, check_count
 from mmfast.speculative.drafters.swift import check_share, read_step
 from mmfast.speculative.goodput import stop_length
-from mmfast.speculative.heads import check_count
 from mmfast.speculative.verify import draw
 
 _OF_PROMPTS = ("before_llm", "in_llm", "encoder")

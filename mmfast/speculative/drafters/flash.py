@@ -10,10 +10,10 @@ import torch
 
 from mmfast.registry import register
 from mmfast.speculative.base import Draft, Request, RowSession
-from mmfast.speculative.heads import HeadConfig, Shapes
-from mmfast.speculative.heads_static import LatentHead
-from mmfast.speculative.heads_stream import Stream
-from mmfast.speculative.heads_tree import ShapeDrafter, filled
+from mmfast.speculative.heads.base import HeadConfig, Shapes
+from mmfast.speculative.heads.static import LatentHead
+from mmfast.speculative.heads.stream import Stream
+from mmfast.speculative.heads.tree import ShapeDrafter, filled
 
 
 @register("flash", stage="decode", paper="arXiv 2505.12728", source="ZihuaEvan/FlashSD", training_free=False)

@@ -10,10 +10,10 @@ import torch
 
 from mmfast.registry import register
 from mmfast.speculative.base import Draft, Request, RowSession
-from mmfast.speculative.heads import Shapes
-from mmfast.speculative.heads_static import HydraHeads
-from mmfast.speculative.heads_stream import Stream
-from mmfast.speculative.heads_tree import Filling, ShapeDrafter, likeliest
+from mmfast.speculative.heads.base import Shapes
+from mmfast.speculative.heads.static import HydraHeads
+from mmfast.speculative.heads.stream import Stream
+from mmfast.speculative.heads.tree import Filling, ShapeDrafter, likeliest
 
 
 @register("hydra", stage="decode", paper="arXiv 2402.05109", source="zankner/Hydra", training_free=False)

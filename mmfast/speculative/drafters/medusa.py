@@ -10,10 +10,10 @@ import torch
 
 from mmfast.registry import register
 from mmfast.speculative.base import Draft, Request, RowSession, Verified
-from mmfast.speculative.heads import Shapes
-from mmfast.speculative.heads_static import MedusaHeads
-from mmfast.speculative.heads_stream import Words, states
-from mmfast.speculative.heads_tree import ShapeDrafter, filled
+from mmfast.speculative.heads.base import Shapes
+from mmfast.speculative.heads.static import MedusaHeads
+from mmfast.speculative.heads.stream import Words, states
+from mmfast.speculative.heads.tree import ShapeDrafter, filled
 
 
 @register("medusa", stage="decode", paper="arXiv 2401.10774", source="FasterDecoding/Medusa", training_free=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmfast.registry import register
-from mmfast.speculative.heads_feature import TreeDrafter
+from mmfast.speculative.heads.feature import TreeDrafter
 
 
 @register("msd", stage="decode", paper="arXiv 2505.14260", source="Lyn-Lucy/MSD", training_free=False)

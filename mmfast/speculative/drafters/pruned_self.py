@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmfast.budget import check_keep
 from mmfast.registry import register
-from mmfast.speculative.base import Draft, Drafter, Request, Session
+from mmfast.speculative.base import Draft, Drafter, Request, Session, check_count
 from mmfast.speculative.drafters.swift import (
     SelfModel,
     SkippingSession,
@@ -21,7 +21,6 @@ from mmfast.speculative.drafters.swift import (
     few_layers,
     search_of,
 )
-from mmfast.speculative.heads import check_count
 from mmfast.token_pruning.base import check_choice
 
 _WORTHWHILE = 1.05

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.registry import register
-from mmfast.speculative.base import Draft, Drafter, Request, Session, Verified
-from mmfast.speculative.heads import check_count
+from mmfast.speculative.base import Draft, Drafter, Request, Session, Verified, check_count
 from mmfast.speculative.skipping import SkipSearch, searched_sublayers
 from mmfast.token_pruning.base import check_choice
 

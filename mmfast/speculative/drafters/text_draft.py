@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mmfast.registry import register
-from mmfast.speculative.base import Drafter, Request, Session
+from mmfast.speculative.base import Drafter, Request, Session, check_count
 from mmfast.speculative.drafters.assistant import CompanionSession
 from mmfast.speculative.drafters.swift import check_share
-from mmfast.speculative.heads import check_count
 
 
 @register("text_draft", stage="decode", paper="arXiv 2404.08856")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmfast.registry import register
-from mmfast.speculative.heads_feature import CompressedHead, FeatureHead, TreeDrafter
+from mmfast.speculative.heads.feature import CompressedHead, FeatureHead, TreeDrafter
 
 
 @register("vispec", stage="decode", paper="arXiv 2509.15235", source="KangJialiang/ViSpec", training_free=False)

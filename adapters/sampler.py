@@ -44,7 +44,7 @@ def _of_row(processor: Any, row: int) -> Any:
     return own
 
 
-class AnswerVoice:
+class AnswerSampler:
     """Processors, choice, stopping and streaming of one call of ``generate``.
 
     Processors and criteria are called once for every token that is given out, with the answer up to there, so

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.speculative.base import Drafter, EachRow, Prefill, Request, RowSession, Session, Verified
-from mmfast.speculative.heads import DecoderLayer, HeadConfig, Shapes, SlotCache, load_head, read_config, rotation
+from mmfast.speculative.heads.base import DecoderLayer, HeadConfig, Shapes, SlotCache, load_head, read_config, rotation
 
 H = TypeVar("H", bound=nn.Module)
 

@@ -11,9 +11,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmfast.speculative.base import Draft
-from mmfast.speculative.heads import check_count
-from mmfast.speculative.heads_stream import HeadDrafter
+from mmfast.speculative.base import Draft, check_count
+from mmfast.speculative.heads.stream import HeadDrafter
 from mmfast.speculative.tree import Template, children, static_tree
 
 H = TypeVar("H", bound=nn.Module)

@@ -11,9 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmfast.speculative.base import Draft, Prefill, Request
-from mmfast.speculative.heads import HeadConfig, Shapes, check_count
-from mmfast.speculative.heads_stream import HeadDrafter, SlotHead, Slots, Stream, runs
+from mmfast.speculative.base import Draft, Prefill, Request, check_count
+from mmfast.speculative.heads.base import HeadConfig, Shapes
+from mmfast.speculative.heads.stream import HeadDrafter, SlotHead, Slots, Stream, runs
 from mmfast.speculative.tree import Frontier, grow
 
 

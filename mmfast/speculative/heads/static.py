@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmfast.speculative.base import Prefill
-from mmfast.speculative.heads import Attention, DecoderLayer, HeadConfig, Shapes, SlotCache, rotation
-from mmfast.speculative.heads_stream import SlotHead, Slots, runs
+from mmfast.speculative.heads.base import Attention, DecoderLayer, HeadConfig, Shapes, SlotCache, rotation
+from mmfast.speculative.heads.stream import SlotHead, Slots, runs
 
 
 class ResBlock(nn.Module):

@@ -129,19 +129,6 @@ def size(data: Mapping[str, Any], name: str, default: int | None = None) -> int:
     return value
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``.
-
-    Raises:
-        ValueError: naming the field and the value.
-
-    Example:
-        >>> check_count("depth", 5)
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be an int of at least {least}")
-
-
 class SlotCache:
     """Keys and values of one layer, ``[G, n, d]``, in buffers that grow by doubling.
 
