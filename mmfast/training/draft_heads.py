@@ -105,7 +105,7 @@ def questions(split: str, count: int, seed: int) -> Iterator[tuple[str, Any]]:
         count: how many.
         seed: which data set.
     """
-    from mmfast.eval import Shapes
+    from mmfast.eval.datasets.shapes import Shapes
 
     for record in Shapes(split=split, num_questions=count, seed=seed):
         yield record.question, record.image

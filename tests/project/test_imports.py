@@ -34,9 +34,11 @@ ROOMS = {
     "calibration": ("mmfast.calibration",),
     "zoo": ("mmfast.zoo",),
     "training": ("mmfast.training",),
-    "cli": ("mmfast.cli",),
+    "bench": ("mmfast.bench",),
+    "cli": ("mmfast.cli", "mmfast.__main__"),
     "adapters": ("mmfast.adapters",),
-    "eval": ("mmfast.eval",),
+    "eval": ("mmfast.eval", "mmfast.eval.datasets.shapes.task"),
+    "world": ("mmfast.eval.datasets.shapes",),
 }
 
 # Room -> rooms it may import. "public" is the names in mmfast.__all__, and mmfast itself.
@@ -54,18 +56,26 @@ ALLOWED: dict[str, set[str]] = {
     "accelerate": {"core", "plan", "token_pruning", "kv", "zoo"},
     "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
-    "training": {"public", "media", "speculative"},
-    "eval": {"public", "media"},
+    # The rendered world is what the embedded model, and heads for it, are trained on.
+    "training": {"public", "media", "speculative", "world"},
+    "eval": {"public", "media", "world"},
+    "world": {"core"},
+    "bench": {"public", "core", "kernels", "accelerate"},
     "adapters": {"core", "kernels", "token_pruning", "kv", "speculative", "plan"},
-    "cli": {"public", "core", "plan", "accelerate", "media", "zoo", "eval"},
+    "cli": {"public", "core", "plan", "accelerate", "media", "zoo", "eval", "world", "training"},
 }
 
 # (room, room) -> the only names that pass. Written as `from mmfast.adapters import for_model`.
 DOORS = {
+    # A stream reads the next clips while the model works on the last.
+    ("accelerate", "media"): {"prefetched"},
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
-    # The rendered world is what the embedded model, and heads for it, are trained on.
-    ("training", "eval"): {"Shapes"},
+    ("training", "adapters"): {"load_pretrained", "prepare"},
+    ("bench", "adapters"): {"attention_backends", "random_model", "random_model_budgets"},
+    # The loop prepares and times as every other measurement does.
+    ("eval", "accelerate"): {"timed_generate"},
+    ("eval", "adapters"): {"prepare"},
     ("cli", "kernels"): {"available"},
     ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }

@@ -163,11 +163,13 @@ def sample_items(rng: np.random.Generator, num_shapes: int, num_texts: int) -> l
     return items
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, *, num_shapes: int | None = None, num_texts: int | None = None) -> Scene:
     """Draw a scene of 1-7 shapes and 0-2 text tags whose boxes do not overlap.
 
     Args:
         rng: the source of chance; equal states give equal scenes.
+        num_shapes: so many shapes, at most; None draws the number.
+        num_texts: so many text tags, at most; None draws the number.
 
     Returns:
         The scene. Objects that find no free place are left out, so crowded scenes may hold fewer.
@@ -178,7 +180,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         True
     """
     backdrop = int(rng.integers(2**31))
-    items = sample_items(rng, int(rng.integers(1, 8)), int(rng.choice(3, p=(0.3, 0.5, 0.2))))
+    drawn = int(rng.integers(1, 8)), int(rng.choice(3, p=(0.3, 0.5, 0.2)))
+    shapes, texts = (own if given is None else given for own, given in zip(drawn, (num_shapes, num_texts), strict=True))
+    items = sample_items(rng, shapes, texts)
     placed: list[Item] = []
     # Large things first: a tag of three letters rarely fits once the canvas has filled up.
     for item in sorted(items, key=lambda i: -i.half_extent[0]):

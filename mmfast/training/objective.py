@@ -1,0 +1,75 @@
+"""What a trainer trains: an objective knows its data, its loss and what is kept of it at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one batch gave.
+
+    Attributes:
+        total: scalar, to be minimised.
+        figures: further numbers for the log.
+    """
+
+    total: Tensor
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective(nn.Module, ABC):
+    """A thing to learn. Every parameter that asks for gradients is trained and checkpointed.
+
+    What a step sees depends on the seed, the step and the part alone, so that a run that was broken off goes on as
+    if nothing had happened.
+    """
+
+    @abstractmethod
+    def batch(self, step: int, part: int, parts: int, size: int) -> Any:
+        """Make the examples of a step.
+
+        Args:
+            step: which step, from 0.
+            part: which share of the step this is, among processes and accumulated passes.
+            parts: number of shares.
+            size: examples in this share.
+
+        Returns:
+            Anything that :meth:`forward` takes.
+
+        Raises:
+            BadExample: for data that cannot be used, where the settings say to stop.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Any, done: float) -> Loss:
+        """Compute the loss of a batch.
+
+        Args:
+            batch: what :meth:`batch` made.
+            done: share of the steps taken, 0 to 1, for schedules.
+        """
+
+    def describe(self, batch: Any) -> str:
+        """Name the examples of a batch, for messages; "" where nothing is known of them."""
+        return ""
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Parameters that Muon may orthogonalise: those of two axes, embeddings left out."""
+        embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
+        return [p for p in self.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embeddings]
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write what was learned, in the form in which it is used."""
+
+
+class BadExample(ValueError):
+    """Data that cannot be trained on; the message names file and line."""

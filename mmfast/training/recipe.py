@@ -1,0 +1,139 @@
+"""Recipes: what is trained, on what, and how, in one TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmfast.training.conversations import ConversationFile, Source, WorldSource
+from mmfast.training.objective import Objective
+from mmfast.training.settings import Settings
+from mmfast.training.supervised import Supervised
+
+EMBEDDED = "embedded"
+
+_SECTIONS = ("model", "data", "objective", "settings")
+
+Build = Callable[[Any, Any, Source, Mapping[str, Any]], Objective]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of training.
+
+    Attributes:
+        model: a hub id or folder, or ``"embedded"``.
+        data: ``{"file": path, "media": folder, "frames": n}`` for conversations, ``{"world": true, "frames": n,
+            "families": [...]}`` for the rendered world.
+        kind: a name of :data:`OBJECTIVES`.
+        options: what that objective takes.
+        settings: the numbers.
+
+    Example:
+        >>> recipe = Recipe.of({"objective": {"kind": "supervised"}, "settings": {"steps": 5, "batch": 2}})
+        >>> recipe.model, recipe.settings.steps
+        ('embedded', 5)
+    """
+
+    model: str
+    data: Mapping[str, Any]
+    kind: str
+    options: Mapping[str, Any]
+    settings: Settings
+
+    @classmethod
+    def read(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a TOML file.
+
+        Args:
+            path: the file; paths in it are relative to its folder.
+            changes: values that take the place of those in it, as ``{"settings.steps": 10}``.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no TOML or says what no recipe says.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is no file; give a recipe in TOML")
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no TOML: {error}") from None
+        for name, value in (changes or {}).items():
+            section, _, key = name.partition(".")
+            if section not in _SECTIONS or not key:
+                raise ValueError(f"{name!r} names no field; write for example settings.steps")
+            content.setdefault(section, {})[key] = value
+        data = content.get("data", {})
+        for key in ("file", "media"):
+            if key in data:
+                data[key] = str(path.parent / data[key])
+        return cls.of(content)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Recipe:
+        """Check the content of a recipe.
+
+        Raises:
+            ValueError: naming the field that is unknown or missing, with the nearest known ones.
+        """
+        _known(content, _SECTIONS, "section")
+        model = content.get("model", {})
+        _known(model, ("path",), "field of [model]")
+        data = content.get("data", {"world": True})
+        _known(data, ("file", "media", "frames", "world", "families"), "field of [data]")
+        objective = dict(content.get("objective", {}))
+        kind = objective.pop("kind", "supervised")
+        _known({kind: 0}, tuple(OBJECTIVES), "kind of objective")
+        settings = content.get("settings", {})
+        _known(settings, tuple(field.name for field in fields(Settings)), "field of [settings]")
+        for name in ("steps", "batch"):
+            if name not in settings:
+                raise ValueError(f"[settings] must say {name}")
+        return cls(model.get("path", EMBEDDED), data, kind, objective, Settings(**settings))
+
+    def build(self) -> Objective:
+        """Load the model and the data, and make the objective."""
+        import mmfast
+        from mmfast.adapters import load_pretrained
+
+        if self.model == EMBEDDED:
+            model, processor = mmfast.load_default(dtype="float32")
+        else:
+            model, processor = load_pretrained(self.model)
+        return OBJECTIVES[self.kind](model, processor, self.source(), self.options)
+
+    def source(self) -> Source:
+        """Open the data."""
+        frames = self.data.get("frames")
+        if "file" in self.data:
+            return ConversationFile(
+                self.data["file"],
+                self.data.get("media"),
+                frames=frames or 8,
+                seed=self.settings.seed,
+                on_bad=self.settings.on_bad,
+            )
+        return WorldSource(frames or 1, self.data.get("families"), self.settings.seed)
+
+
+def _supervised(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
+    _known(options, ("plan", "trained"), "field of [objective]")
+    return Supervised(model, processor, source, **options)
+
+
+OBJECTIVES: dict[str, Build] = {"supervised": _supervised}
+"""Kind of objective -> what makes it from model, processor, data and options."""
+
+
+def _known(found: Mapping[str, Any], legal: tuple[str, ...], what: str) -> None:
+    for name in found:
+        if name not in legal:
+            near = difflib.get_close_matches(name, legal, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name!r} is no {what}; legal are {', '.join(legal)}{hint}")

@@ -1,0 +1,236 @@
+"""Teaching a vision-language model conversations, with or without a plan at work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import mmfast
+from mmfast.adapters import prepare
+from mmfast.training.conversations import Conversation, Source
+from mmfast.training.objective import BadExample, Loss, Objective
+
+IGNORED = -100
+
+Trained = Literal["all", "language", "projector", "plan"]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A batch of conversations.
+
+    Attributes:
+        inputs: what the model takes; rows are padded on the left of the prompt and on the right of the answers.
+        labels: int64 ``[B, S]``, the token of each place of an answer, -100 elsewhere.
+        where: what the rows are.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    where: tuple[str, ...]
+
+
+class Supervised(Objective):
+    """Cross-entropy on the answers of conversations.
+
+    Args:
+        model: a vision-language model.
+        processor: its processor.
+        source: what it is taught.
+        plan: at work while it learns: a model trained with dropped tokens bears dropping, and its steps are shorter.
+        trained: ``"all"``, ``"language"`` (decoder and output layer), ``"projector"``, or ``"plan"``: only the learned
+            parts of the plan's methods.
+
+    Raises:
+        ValueError: for another word, or if nothing is left to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        source: Source,
+        *,
+        plan: str = "",
+        trained: Trained = "all",
+    ) -> None:
+        super().__init__()
+        self.model, self.processor, self.source = model, processor, source
+        self.fast = mmfast.accelerate(model, plan) if plan else None
+        self.trained = trained
+        _choose(model, trained)
+
+    def batch(self, step: int, part: int, parts: int, size: int) -> Taught:
+        """Take the conversations of a step."""
+        first = (step * parts + part) * size
+        return encode(self.processor, [self.source.at(first + i) for i in range(size)])
+
+    def forward(self, batch: Taught, done: float) -> Loss:
+        """Compute the loss of the answers."""
+        del done
+        place = next(self.model.parameters()).device
+        inputs = {name: value.to(place) for name, value in batch.inputs.items()}
+        logits = self.model(**inputs, use_cache=False).logits
+        loss, right = answer_loss(logits, batch.labels.to(place))
+        return Loss(loss, {"tokens_right": right})
+
+    def describe(self, batch: Taught) -> str:
+        """Name the conversations."""
+        return ", ".join(batch.where)
+
+    def export(self, folder: Path) -> None:
+        """Write the model as ``from_pretrained`` reads it."""
+        if self.fast is not None:
+            self.fast.remove()
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.processor.save_pretrained(folder)
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Return the mean cross-entropy of the tokens of answers, and the share of them that are foretold.
+
+    Args:
+        logits: ``[B, S, V]``.
+        labels: int64 ``[B, S]``, -100 where nothing is to be learned.
+
+    Example:
+        >>> labels = torch.tensor([[-100, 1]])
+        >>> loss, right = answer_loss(torch.tensor([[[0.0, 9.0], [0.0, 0.0]]]), labels)
+        >>> round(loss.item(), 4), right
+        (0.0001, 1.0)
+    """
+    learned = labels[:, 1:] != IGNORED
+    rows, wanted = logits[:, :-1][learned].float(), labels[:, 1:][learned]
+    loss = functional.cross_entropy(rows, wanted)
+    return loss, float((rows.argmax(dim=-1) == wanted).float().mean())
+
+
+def encode(processor: Any, conversations: Sequence[Conversation]) -> Taught:
+    """Bring conversations into the form the model takes, through its chat template.
+
+    Args:
+        processor: of the model.
+        conversations: one per row.
+
+    Raises:
+        BadExample: if the template does not write a conversation as its prompts and answers in turn.
+    """
+    prompts = prepare(
+        processor,
+        [c.turns[0][0] for c in conversations],
+        [list(c.images) or None for c in conversations],
+        [list(c.frames) or None for c in conversations],
+    )
+    ids, tails = prompts["input_ids"], [_tail(processor, c) for c in conversations]
+    longest = max(len(tail) for tail in tails)
+    rows, length = ids.shape
+    added, labels, real = (torch.zeros(rows, longest, dtype=torch.long) for _ in range(3))
+    labels.fill_(IGNORED)
+    padding = processor.tokenizer.pad_token_id
+    added.fill_(padding if padding is not None else 0)
+    for row, tail in enumerate(tails):
+        for place, (token, learned) in enumerate(tail):
+            added[row, place], real[row, place] = token, 1
+            labels[row, place] = token if learned else IGNORED
+    inputs: dict[str, Tensor] = {}
+    for name, value in prompts.items():
+        if name == "input_ids":
+            value = torch.cat([value, added], dim=1)
+        elif name == "attention_mask":
+            value = torch.cat([value, real], dim=1)
+        elif value.ndim == 2 and value.shape == (rows, length):
+            # Marks per token, such as which of them are visual: what is added is text.
+            value = torch.cat([value, value.new_zeros(rows, longest)], dim=1)
+        inputs[name] = value
+    before = torch.full((rows, length), IGNORED)
+    return Taught(inputs, torch.cat([before, labels], dim=1), tuple(c.where for c in conversations))
+
+
+def _tail(processor: Any, conversation: Conversation) -> list[tuple[int, bool]]:
+    """Return the tokens after the first prompt, and which of them are learned."""
+    tail: list[tuple[int, bool]] = []
+    for text, learned in _pieces(processor, conversation):
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tail += [(int(token), learned) for token in ids]
+    return tail
+
+
+def _pieces(processor: Any, conversation: Conversation) -> Iterator[tuple[str, bool]]:
+    """Cut what the template writes behind the first prompt into answers and what stands between them."""
+    end = processor.tokenizer.eos_token or ""
+    if not _has_template(processor):
+        for number, (question, answer) in enumerate(conversation.turns):
+            if number:
+                yield f"\n{question}\n", False
+            yield f" {answer}{end}", True
+        return
+    messages: list[dict[str, Any]] = []
+    before = ""
+    for number, (question, answer) in enumerate(conversation.turns):
+        messages.append(_said("user", question))
+        prompt = _rendered(processor, messages, opened=True)
+        if number:
+            yield _without(prompt, before, conversation), False
+        messages.append(_said("assistant", answer))
+        whole = _rendered(processor, messages, opened=False)
+        written = _without(whole, prompt, conversation)
+        stop = written.rfind(answer.strip()) + len(answer.strip())
+        if stop < len(answer.strip()):
+            raise BadExample(f"{conversation.where}: the chat template does not write the answer {answer!r} as it is")
+        rest = written[stop:]
+        close = stop + (rest.find(end) + len(end) if end and end in rest else 0)
+        yield written[:close] if close > stop else written[:stop] + end, True
+        before = whole[: len(prompt) + close]
+
+
+def _has_template(processor: Any) -> bool:
+    own = getattr(processor, "chat_template", None)
+    return (own or getattr(processor.tokenizer, "chat_template", None)) is not None
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _rendered(processor: Any, messages: Sequence[dict[str, Any]], *, opened: bool) -> str:
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    text: str = processor.apply_chat_template(
+        list(messages),
+        chat_template=template if isinstance(template, str) else None,
+        add_generation_prompt=opened,
+        tokenize=False,
+    )
+    return text
+
+
+def _without(whole: str, start: str, conversation: Conversation) -> str:
+    if not whole.startswith(start):
+        raise BadExample(
+            f"{conversation.where}: the chat template writes earlier turns anew for later ones, so it cannot be cut "
+            "into prompts and answers; give one question per conversation"
+        )
+    return whole[len(start) :]
+
+
+def _choose(model: nn.Module, trained: str) -> None:
+    """Ask for the gradients of what is trained, and of nothing else."""
+    named = {
+        "all": lambda name: True,
+        "language": lambda name: "language_model" in name or "lm_head" in name,
+        "projector": lambda name: any(part in name for part in ("projector", "merger", "connector")),
+        "plan": lambda name: False,
+    }
+    if trained not in named:
+        raise ValueError(f"trained={trained!r} must be one of {', '.join(named)}")
+    chosen = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(named[trained](name))
+        chosen += parameter.requires_grad
+    if trained != "plan" and not chosen:
+        raise ValueError(f"trained={trained!r} names no parameter of {type(model).__name__}")

@@ -1,0 +1,94 @@
+"""Recipes and the command that follows them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmfast
+from mmfast.cli import main
+from mmfast.training.recipe import Recipe
+from mmfast.training.trainer import read_log
+
+pytest.importorskip("accelerate", reason="training needs accelerate (extra train)")
+
+RECIPE = """
+[objective]
+kind = "supervised"
+plan = "uniform(keep=32)"
+trained = "projector"
+
+[data]
+world = true
+families = ["color"]
+
+[settings]
+steps = 3
+batch = 2
+learning_rate = 1e-4
+warmup = 1
+log_every = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_command_trains_and_goes_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["train", str(recipe), "--out", str(out), "--stop-after", "1"]) == 0
+    assert "broken off" in capsys.readouterr().out
+    assert main(["train", str(recipe), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 3
+    assert [line["step"] for line in read_log(out)] == [1, 2, 3]
+    # What comes out is an ordinary model.
+    from mmfast.adapters import load_pretrained
+
+    model, _ = load_pretrained(str(out))
+    assert type(model) is type(mmfast.load_default()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("settings.step=3", "'step' is no field of [settings]"),
+        ("settings.steps=none", "steps='none' must be an int"),
+        ("objective.kind=voc", "'voc' is no kind of objective"),
+        ("objective.plans=x", "'plans' is no field of [objective]"),
+        ("steps=3", "'steps' names no field"),
+        ("settings.steps", "must have the form SECTION.FIELD=VALUE"),
+        ("data.file=none.jsonl", "none.jsonl is no file"),
+    ],
+)
+def test_mistakes_are_one_line(recipe: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "--out", str(recipe.parent / "out"), "--set", change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("steps = ")
+    with pytest.raises(ValueError, match="is no TOML"):
+        Recipe.read(tmp_path / "bad.toml")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        Recipe.read(tmp_path / "none.toml")
+    with pytest.raises(ValueError, match="must say batch"):
+        Recipe.of({"settings": {"steps": 1}})
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(recipe: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "mmfast"]
+    words = ["train", str(recipe), "--out", str(tmp_path / "two")]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_log(tmp_path / "two")] == [1, 2, 3]
