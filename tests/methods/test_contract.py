@@ -1,7 +1,8 @@
 """The contract: what holds for every registered method on every family.
 
-The promises that cost little are tested for every pair. What a pruned model must compute is compared with
-an independent reference for every pair on one batch, and on all prompts for the pairs named in THOROUGH.
+The promises that a family could break are tested for every pair, the others for families that differ
+(``--slow``: for every pair). What a pruned model must compute is compared with an independent reference for
+every pair on one batch, and on all prompts for the pairs named in THOROUGH.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ THOROUGH = [
 ]
 
 every = pytest.mark.parametrize(("family", "info"), PAIRS, ids=case_id)
+# What no family can change much is tested for all pairs only with --slow.
+every_distinct = pytest.mark.parametrize(
+    ("family", "info"),
+    [pytest.param(family, info, marks=[] if family.name in DISTINCT else pytest.mark.slow) for family, info in PAIRS],
+    ids=case_id,
+)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 with_keep = pytest.mark.parametrize(
     ("family", "info"), [(family, info) for family, info in PAIRS if "keep" in info.options], ids=case_id
@@ -108,7 +115,7 @@ def test_keep_all_is_identity(family: Family, info: mmfast.MethodInfo) -> None:
     assert torch.equal(during.logits, before.logits)
 
 
-@every
+@every_distinct
 def test_text_only_prompts_are_untouched(family: Family, info: mmfast.MethodInfo) -> None:
     with mmfast.accelerate(family.model(), plan_of(info, 2)) as fast:
         during = generate(family.model(), text_only(family).inputs, 2)
@@ -228,7 +235,7 @@ def test_batch_of_mixed_sizes_equals_one_by_one(family: Family, info: mmfast.Met
             assert (alone.logits[0] - together.logits[row]).abs().max() < CLOSE
 
 
-@every
+@every_distinct
 def test_two_runs_are_equal(family: Family, info: mmfast.MethodInfo) -> None:
     model, inputs, (first, _) = family.model(), mixed(family).inputs, pruned(family, plan_of(info))
     with mmfast.accelerate(model, plan_of(info)):
@@ -237,7 +244,7 @@ def test_two_runs_are_equal(family: Family, info: mmfast.MethodInfo) -> None:
     assert torch.equal(first.logits[:, :1], third.logits)
 
 
-@every
+@every_distinct
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision_is_finite(family: Family, info: mmfast.MethodInfo, dtype: torch.dtype) -> None:
     model = family.model(dtype=dtype)
@@ -270,7 +277,7 @@ ENTRIES = {"LayerBypass": "route", "LayerMask": "visible"}
 """Kind of method -> what the adapters call; the others are called themselves."""
 
 
-@every
+@every_distinct
 def test_an_exception_inside_a_method_leaves_nothing(
     family: Family, info: mmfast.MethodInfo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
