@@ -14,10 +14,10 @@ CLIP := mmfast/data/samples/bigbuckbunny.mp4
 PLANS := --plan "divprune(keep=64)" --plan "divprune(keep=128) + pyramiddrop()"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo bench lint readme clean
+.PHONY: help env test demo bench train-default lint readme clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(READY)  ## create .venv and install mmfast into it, editable, with the developer tools
 
@@ -40,6 +40,12 @@ demo: $(READY)  ## compare the demo model with and without plans on two clips; w
 
 bench: $(READY)  ## measure speed on this machine
 	$(BIN)/python benchmarks/speed.py
+
+train-default: $(READY)  ## train the embedded model from nothing in two core-hours, resumable; writes build/tinyvlm
+	$(BIN)/python -m mmfast.training.default_model.recipe --out build/tinyvlm
+
+gpu: $(READY)  ## on a GPU, in under ten minutes: the kernels' tests, then mmfast bench; call again to go on
+	$(BIN)/python benchmarks/gpu.py
 
 # mypy reads folders, not the mapping in pyproject.toml: lay the three trees out as they are installed.
 lint: $(READY)  ## ruff check, ruff format --check, mypy
