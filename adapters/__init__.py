@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmfast.adapters.base import Adapter, families, family, for_model
     from mmfast.adapters.clip import load_clip
+    from mmfast.adapters.compression import CompressionTokens, add_compression_tokens
     from mmfast.adapters.environment import attention_backends, importable
     from mmfast.adapters.loading import load_pretrained
     from mmfast.adapters.prompting import prepare
+    from mmfast.adapters.random_models import random_model, random_model_budgets
 
 _HOME = {
     "Adapter": "base",
+    "CompressionTokens": "compression",
+    "add_compression_tokens": "compression",
     "attention_backends": "environment",
     "families": "base",
     "family": "base",
@@ -22,10 +26,14 @@ _HOME = {
     "load_clip": "clip",
     "load_pretrained": "loading",
     "prepare": "prompting",
+    "random_model": "random_models",
+    "random_model_budgets": "random_models",
 }
 
 __all__ = [
     "Adapter",
+    "CompressionTokens",
+    "add_compression_tokens",
     "attention_backends",
     "families",
     "family",
@@ -34,6 +42,8 @@ __all__ = [
     "load_clip",
     "load_pretrained",
     "prepare",
+    "random_model",
+    "random_model_budgets",
 ]
 
 

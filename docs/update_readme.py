@@ -316,6 +316,63 @@ def drafting_text() -> str:
     )
 
 
+def bench_text() -> str:
+    """Describe what the benchmark harness found on a CPU."""
+    result = latest("bench-*.json")
+    cells, machine, call = result["cells"], result["machine"], result["calls"][-1]
+    models: list[tuple[str, ...]] = [
+        ("model", "with", "first token", "per token", "first faster", "later faster", "in all", "of decode floor")
+    ]
+    operations: list[tuple[str, ...]] = [("operation", "batch", "torch", "baseline", "faster", "of copy", "of matmul")]
+    for cell in cells.values():
+        sides = cell.get("sides", {})
+        if "model" in cell and cell["contender"] in sides:
+            models.append(_bench_model(cell, sides[cell["contender"]]))
+        elif "torch" in sides and cell["baseline"] in sides:
+            operations.append(_bench_operation(cell, sides["torch"], sides[cell["baseline"]]))
+    repeats = max(
+        row["seconds"]["repeats"] for cell in cells.values() for row in cell["sides"].values() if "bytes" in cell
+    )
+    return (
+        f"**Operations and models against what the machine can do** ({machine['device']}, {machine['threads']} thread, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, {call['began'][:10]}; processor seconds, "
+        f"medians of up to {repeats} rounds in turn, {call['dtype']}; shapes shrunken for a CPU), made by "
+        "`mmfast bench --scale small --repeats 3 --new-tokens 16`, a part of its cells. A copy moves "
+        f"{call['ceilings']['copy'] / 1e9:.1f} GB/s and a product of matrices does "
+        f"{call['ceilings']['matmul'] / 1e12:.3f} TFLOP/s here. Models of random weights, 6 layers of width 512, batch "
+        "1, against the untouched model with sdpa attention; the floor of decoding reads weights and cache once.\n\n"
+        f"{table(models)}\n\n"
+        "<details><summary>The torch form of every operation, against what one would write first</summary>\n\n"
+        f"{table(operations)}\n\n</details>\n\n"
+        "Nothing has been measured on a GPU yet; [its goals](benchmarks/results/gpu/README.md) are written down."
+    )
+
+
+def _bench_model(cell: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
+    faster = [row[f"faster_{what}"]["median"] for what in ("first_token", "per_token", "total")]
+    return (
+        f"{cell['model']} shape, {cell['visual_tokens']} visual tokens",
+        f"`{cell['contender']}`",
+        f"{1e3 * row['first_token']['median']:.0f} ms",
+        f"{1e3 * row['per_token']['median']:.1f} ms",
+        *(f"{value:.2f}x" for value in faster[:2]),
+        f"{faster[2]:.2f}x" + (" **SLOWER**" if row["slower"] else ""),
+        f"{row['share_of_decode_floor']:.0%}",
+    )
+
+
+def _bench_operation(cell: dict[str, Any], row: dict[str, Any], base: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"`{cell['operation']}`, {cell['size']['label']}",
+        str(cell["size"]["batch"]),
+        f"{1e3 * row['seconds']['median']:.2f} ms",
+        f"{cell['baseline']} {1e3 * base['seconds']['median']:.2f} ms",
+        f"{row['faster']['median']:.2f}x" + (" **SLOWER**" if row["slower"] else ""),
+        f"{row['share_of_copy']:.0%}",
+        f"{row['share_of_matmul']:.0%}",
+    )
+
+
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -327,7 +384,7 @@ def filled(page: str, name: str, content: str) -> str:
 def updated(page: str) -> str:
     """Return the page with every generated part renewed."""
     page = filled(page, "methods", method_table())
-    parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text(), drafting_text())
+    parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text(), drafting_text(), bench_text())
     return filled(page, "measured", "\n\n".join(parts))
 
 
