@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DEMO = "the embedded demo model, which knows coloured shapes and short text, nothing else"
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _PIPE_WIDTH = 160
+# Models make larger frames of a video smaller anyway; without it many frames of a large one would not fit.
+_LONGER_SIDE = 1280
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,14 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is asked of which model."""
     parser.add_argument("media", nargs="+", metavar="MEDIA", help="images, and at most one video")
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
-    parser.add_argument("--model", metavar="ID_OR_PATH", help="hub id or folder; without it the embedded demo model")
+    add_model_arguments(parser)
     parser.add_argument("--frames", type=int, default=4, metavar="N", help="frames taken from a video (default 4)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="tokens to generate (default 32)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which model, where and in which floating type."""
+    parser.add_argument("--model", metavar="ID_OR_PATH", help="hub id or folder; without it the embedded demo model")
     parser.add_argument("--device", help="where to run, for example cuda:1; default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=_DTYPES, help="floating type; default: as stored, but no float16 on a CPU")
 
@@ -84,7 +91,7 @@ def read_media(paths: Sequence[str], frames: int) -> Media:
     images = tuple(load_image(path) for path, kind in zip(paths, kinds, strict=True) if kind == "image")
     if "video" not in kinds:
         return Media(names, images)
-    video = read_video(paths[kinds.index("video")], num_frames=frames)
+    video = read_video(paths[kinds.index("video")], num_frames=frames, size=_LONGER_SIDE)
     rate = len(video) / video.duration if video.duration > 0 else 1.0
     return Media(names, images, tuple(video.images()), video.timestamps, rate, video.warnings)
 

@@ -1,0 +1,218 @@
+"""Measure accuracy and cost of plans on data sets, beside baselines of equal token count."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmfast.cli import common
+
+if TYPE_CHECKING:
+    from mmfast.eval import Progress, Task
+
+OUT = Path("mmfast-eval")
+EMBEDDED = "tinyvlm"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("--task", metavar="NAME[,NAME]", help="data sets; --list shows them")
+    parser.add_argument(
+        "--plan", action="append", default=[], help="a plan; repeat the option for more. The full model is always run"
+    )
+    common.add_model_arguments(parser)
+    parser.add_argument(
+        "--data", type=Path, metavar="ROOT", help="folder of the data sets, or one with a folder NAME each"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the results, resumed if there (default {OUT})"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="ask at most N questions of each task")
+    parser.add_argument("--seed", type=int, metavar="S", help="draw the N questions by lot; default: the first ones")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        default="0/1",
+        help="ask part I of N, from 0; auto takes both from torchrun or accelerate",
+    )
+    parser.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run random (3 seeds), uniform, pool2d and downsample with as many tokens as each plan leaves (default)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="questions at once; only 1 (default) is timed"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer; default: as the task says"
+    )
+    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames taken from a video file (default 8)")
+    parser.add_argument("--retry-failed", action="store_true", help="ask questions again that failed before")
+    parser.add_argument(
+        "--list", action="store_true", help="list the tasks and whether their data are there; run nothing"
+    )
+    parser.add_argument("--show", action="store_true", help="show what lies in --out; run nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    """List, show or evaluate."""
+    if options.list:
+        _list(options)
+        return
+    out = options.out or OUT
+    if options.show:
+        from mmfast.eval import summarize
+
+        _print(summarize([out]), options.json)
+        return
+    if options.task is None:
+        raise ValueError("--task is missing: name one or more, separated by commas; --list shows them")
+    common.check_numbers(options, "batch", "frames")
+    for name in ("limit", "max_new_tokens"):
+        if getattr(options, name) is not None:
+            common.check_numbers(options, name)
+    if options.seed is not None and options.limit is None:
+        raise ValueError(f"--seed={options.seed} draws questions and needs --limit; without it all questions are asked")
+    shard = shard_of_process() if options.shard == "auto" else parse_shard(options.shard)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; name a folder")
+
+    import mmfast
+    from mmfast.eval import evaluate
+
+    plans = [mmfast.Plan.of(plan) for plan in options.plan]
+    tasks = [_task(name.strip(), options.data) for name in options.task.split(",")]
+    device = common.device_of(options.device)
+    common.quiet_libraries()
+    if options.model is None:
+        sys.stderr.write(f"note: this is {common.DEMO}; --model takes any other\n")
+    with common.working("loading the model"):
+        model, processor = common.load_model(options, device)
+    with _bar() as progress:
+        table = evaluate(
+            model,
+            processor,
+            tasks,
+            plans,
+            out=out,
+            with_baselines=options.baselines,
+            limit=options.limit,
+            seed=options.seed,
+            shard=shard,
+            batch=options.batch,
+            max_new_tokens=options.max_new_tokens,
+            frames=options.frames,
+            name=_model_name(options.model),
+            retry_failed=options.retry_failed,
+            progress=progress,
+        )
+    sys.stderr.write(f"results are in {out}\n")
+    _print(table, options.json)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read ``I/N``, a shard numbered from 0.
+
+    Raises:
+        ValueError: if it is not of this form, or there is no such shard.
+
+    Example:
+        >>> parse_shard("1/4")
+        (1, 4)
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ValueError(f"--shard={text} must be I/N with I from 0 to N-1, for example 0/2 and 1/2, or auto")
+    return int(found[1]), int(found[2])
+
+
+def shard_of_process() -> tuple[int, int]:
+    """Return the part of this process among those that torchrun or ``accelerate launch`` started.
+
+    Raises:
+        ValueError: if it was started by neither.
+    """
+    # A launcher tells its processes who they are in no other way.
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or size is None:
+        raise ValueError(
+            "--shard=auto needs torchrun or accelerate launch, which set RANK and WORLD_SIZE; or write I/N"
+        )
+    return parse_shard(f"{rank}/{size}")
+
+
+def _task(name: str, data: Path | None) -> Task:
+    from mmfast.eval.datasets import task, task_class
+
+    takes_files = any(field.name == "root" for field in fields(task_class(name)))
+    if data is None or not takes_files:
+        return task(name)
+    return task(name, data / name if (data / name).is_dir() else data)
+
+
+def _model_name(model: str | None) -> str:
+    """Name the model in the results: of a folder only the last part, for it lies elsewhere on other machines."""
+    if model is None:
+        return EMBEDDED
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _list(options: argparse.Namespace) -> None:
+    """Show every task; whether its data are there is found out by reading the first question."""
+    from mmfast.eval.datasets import task_class, task_names
+
+    rows = []
+    for name in task_names():
+        kind, state = task_class(name), "ready"
+        try:
+            next(iter(_task(name, options.data).samples()))
+        except (OSError, ValueError, ImportError) as error:
+            state = common.one_line(str(error))
+        summary = (kind.__doc__ or "").strip().split("\n")[0]
+        rows.append({"task": name, "media": kind.media, "metric": kind.metric, "data": state, "summary": summary})
+    if options.json:
+        common.write_json({"tasks": rows})
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in rows[0]:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    common.console().print(table)
+
+
+def _print(table: Any, as_json: bool) -> None:
+    if as_json:
+        common.write_json(table.to_dict())
+    else:
+        sys.stdout.write(f"{table}\n")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    """Show on stderr how far the evaluation is and how long it will take; silent where nobody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    watched = common.console(sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with RichProgress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
+        shown = progress.add_task("preparing", total=None, left="")
+
+        def show(state: Progress) -> None:
+            left = "" if state.seconds_left is None else f"{state.seconds_left / 60:.0f} min left"
+            what = f"{state.task}, {state.plan}"
+            progress.update(shown, total=state.total, completed=state.done, description=what, left=left)
+
+        yield show
