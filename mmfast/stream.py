@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from mmfast.accelerated import accelerate
 from mmfast.kv.base import Evictor, ModelEvictor
+from mmfast.media import prefetched
 from mmfast.plan import Plan, PlanLike
 from mmfast.shared import asked_ids
+
+Clip = TypeVar("Clip")
 
 
 class VideoStream:
@@ -74,6 +77,39 @@ class VideoStream:
         if inputs["input_ids"].shape[0] != 1:
             raise ValueError(f"inputs hold {inputs['input_ids'].shape[0]} prompts; a stream has one")
         self._stream.add(inputs, self._tokens_per_frame)
+
+    def watch(self, clips: Iterable[Clip], prepare: Callable[[Clip], Mapping[str, Any]], *, ahead: int = 2) -> int:
+        """Read clips as they come: the next ones are decoded and prepared while the model reads the last.
+
+        Args:
+            clips: where clips come from, such as ``mmfast.media.video_clips("lecture.mp4", fps=1.0)``.
+            prepare: makes of a clip what :meth:`add` takes. It is called in another thread.
+            ahead: most prepared clips that wait.
+
+        Returns:
+            How many clips were read.
+
+        Raises:
+            ValueError: as :meth:`add`; and whatever ``clips`` or ``prepare`` raise, after the clips before that.
+
+        Example:
+            >>> import mmfast
+            >>> from mmfast.adapters import prepare
+            >>> from mmfast.media import sample, video_clips
+            >>> model, processor = mmfast.load_default()
+            >>> clips = video_clips(sample("bigbuckbunny.mp4"), clip_frames=2, fps=1.0, size=224)
+            >>> with mmfast.VideoStream(model, "infinipot_v(keep=64)") as stream:
+            ...     stream.watch(clips, lambda clip: prepare(processor, "watch", video_frames=clip.images()))
+            ...     max(stream.held)
+            3
+            64
+        """
+        count = 0
+        with prefetched(clips, prepare, ahead) as ready:
+            for inputs in ready:
+                self.add(inputs)
+                count += 1
+        return count
 
     def _tokens_per_frame(self) -> int:
         """Count the tokens of a frame of the clip that was just read, as they entered the language model."""

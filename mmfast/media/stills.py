@@ -12,11 +12,11 @@ from PIL import Image
 
 from mmfast.media.errors import MediaError
 from mmfast.media.image import check_shape, load_image
-from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels, resized
+from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels, ReadsInParts, resized
 
 
 @dataclass(frozen=True, eq=False)
-class StillsClip:
+class StillsClip(ReadsInParts):
     """Frames that are there already.
 
     Attributes:

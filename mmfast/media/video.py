@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from mmfast.media.errors import MediaError
 from mmfast.media.readers import READERS, Clip, ClipInfo
 from mmfast.media.readers.base import Pixels, shortened
 from mmfast.media.sampling import check_indices, check_numbers, choose_frames, choose_sampler
-from mmfast.media.sniff import VIDEOS, check_file, folder_images
-from mmfast.media.stills import check_array, open_npy, open_stills
+from mmfast.media.source import (
+    MAX_FRAME_PIXELS,
+    MAX_MEMORY,
+    MAX_VIDEO_BYTES,
+    check_memory,
+    check_size,
+    open_source,
+    target_size,
+)
 
 MAX_FRAMES = 768
-MAX_FRAME_PIXELS = 36_000_000
-MAX_VIDEO_BYTES = 4 * 2**30
-MAX_MEMORY = 2 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ def read_video(
         ((2, 36, 64, 3), (0.0, 0.2), 132)
     """
     check_numbers(num_frames=num_frames, fps=fps, max_frames=max_frames)
-    _check_size(size)
+    check_size(size)
     if reader not in READERS:
         near = get_close_matches(str(reader), READERS)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -132,7 +133,7 @@ def read_video(
         )
 
     def read(reader: str) -> Video:
-        clip, by = _open(
+        clip, by = open_source(
             source,
             reader=reader,
             source_fps=source_fps,
@@ -162,55 +163,14 @@ def read_video(
     return replace(video, warnings=video.warnings + extra)
 
 
-def _open(
-    source: str | os.PathLike[str] | Pixels | Sequence[Any],
-    *,
-    reader: str,
-    source_fps: float | None,
-    may_differ: bool,
-    max_pixels: int,
-    max_bytes: int,
-    timeout: float,
-) -> tuple[Clip, str]:
-    """Open whatever was given; returns the clip and the name of what reads it."""
-    if source_fps is not None and not (math.isfinite(source_fps) and source_fps > 0):
-        raise MediaError(f"source_fps={source_fps} must be a finite number above 0")
-    items: Sequence[Any] | Pixels
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        name = str(path)
-        if path.is_dir():
-            items, by = folder_images(path), "folder"
-        else:
-            content = check_file(path, max_bytes=max_bytes)
-            if content.kind == "video":
-                return READERS[reader](path, max_pixels=max_pixels, timeout=timeout), reader
-            if content.kind != "array":
-                hint = ", or load_image() for an image" if content.kind == "image" else ""
-                raise MediaError(
-                    f"{path}: {content.name}, not a video; give {VIDEOS}, a folder of images or a NumPy file{hint}"
-                )
-            items, by = open_npy(path), "npy"
-    elif isinstance(source, np.ndarray):
-        items, by, name = check_array(source, "the array"), "array", "the array"
-    elif isinstance(source, Sequence) and not isinstance(source, bytes):
-        items, by, name = source, "array", "the list"
-    else:
-        raise TypeError(
-            f"source is {type(source).__name__}; it must be a path, a list of frames or an array [T, H, W, 3]"
-        )
-    clip = open_stills(items, name, max_pixels=max_pixels, source_fps=source_fps, may_differ=may_differ)
-    return clip, by
-
-
 def _collect(
     clip: Clip, plan: Callable[[ClipInfo], list[int]], size: int | tuple[int, int] | None, max_memory: int
 ) -> Video:
     info = clip.info
-    height, width = _target(info, size)
+    height, width = target_size(info, size)
     targets = plan(info)
     wanted = sorted(set(targets))
-    _check_memory(info, len(wanted), height, width, max_memory)
+    check_memory(info, len(wanted), height, width, max_memory)
     decoded = clip.read(wanted, height, width)
     if len(decoded.frames) < len(wanted):
         # The clip ended before its counted end; now the end is known, so choose again.
@@ -243,32 +203,3 @@ def _collect(
         sampler="",
         warnings=info.warnings + decoded.warnings,
     )
-
-
-def _check_size(size: int | tuple[int, int] | None) -> None:
-    if size is None:
-        return
-    sides = size if isinstance(size, tuple) else (size,)
-    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not integers or (isinstance(size, tuple) and len(sides) != 2):
-        raise TypeError(f"size={size!r} must be the longer side (int) or (height, width)")
-    if min(sides) < 1:
-        raise MediaError(f"size={size!r} must be at least 1 pixel on each side")
-
-
-def _target(info: ClipInfo, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    if isinstance(size, tuple):
-        return size
-    longer = max(info.height, info.width)
-    if size is None or longer <= size:
-        return info.height, info.width
-    return max(1, round(info.height * size / longer)), max(1, round(info.width * size / longer))
-
-
-def _check_memory(info: ClipInfo, count: int, height: int, width: int, max_memory: int) -> None:
-    needed = count * height * width * 3
-    if needed > max_memory:
-        raise MediaError(
-            f"{info.name}: {count} frames of {width}x{height} pixels take {needed} bytes, more than "
-            f"max_memory={max_memory}; ask for fewer frames or a smaller size (size=448)"
-        )

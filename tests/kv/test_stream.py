@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
+import threading
 
 import pytest
 import torch
@@ -97,6 +98,36 @@ def test_two_thousand_frames_in_flat_memory() -> None:
     assert growth <= shape.kv_bytes([1] * shape.layers, 4) * 1.5
     # Kilobytes: a cache of all 2000 frames would take 40 MB.
     assert peaks[-1] - peaks[24] < 8_000
+
+
+def test_watching_is_adding_one_after_the_other() -> None:
+    family = FAMILIES["llava"]
+    model = family.model()
+    with mmfast.VideoStream(model, "infinipot_v(keep=20)") as stream:
+        for inputs in turns(family, 4):
+            stream.add(inputs)
+        expected = stream.ask(QUESTIONS, max_new_tokens=3), stream.held, stream.seen
+    threads: list[threading.Thread] = []
+
+    def prepare(turn: int) -> dict[str, torch.Tensor]:
+        threads.append(threading.current_thread())
+        return turns(family, 4)[turn]
+
+    with mmfast.VideoStream(model, "infinipot_v(keep=20)") as stream:
+        assert stream.watch(range(4), prepare) == 4
+        assert (stream.ask(QUESTIONS, max_new_tokens=3), stream.held, stream.seen) == expected
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+    assert not threads[0].is_alive()
+
+
+def test_watching_stops_at_an_error_after_the_clips_before_it() -> None:
+    family = FAMILIES["llava"]
+    with mmfast.VideoStream(family.model(), "knorm(keep=20)") as stream:
+        with pytest.raises(IndexError):
+            stream.watch(range(4), lambda turn: turns(family, 2)[turn])
+        assert stream.seen == sum(inputs["input_ids"].shape[1] for inputs in turns(family, 2))
+        assert all(thread.name != "mmfast-prefetch" for thread in threading.enumerate())
 
 
 def test_plans_that_cannot_keep_up_are_refused() -> None:

@@ -90,6 +90,7 @@ class Clips:
         frames=FRAMES,
         container=None,
         rate=FPS,
+        pixels="yuv420p",
     ) -> Path:
         if encoder not in av.codec.codecs_available:
             pytest.skip(f"this FFmpeg has no encoder {encoder}")
@@ -97,7 +98,7 @@ class Clips:
         with av.open(str(path), "w", options=container or {}) as out:
             stream = out.add_stream(encoder, rate=rate, options=options or {})
             stream.height, stream.width = pictures[0].shape[:2]
-            stream.pix_fmt = "yuv420p"
+            stream.pix_fmt = pixels
             tick = MILLISECOND if clock else Fraction(1, rate)
             stream.codec_context.time_base = tick
             for n, picture in enumerate(pictures):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -200,11 +199,11 @@ def test_frames_that_are_garbage(clips, tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [av.error.OSError(95, "Operation not supported"), ValueError("unknown")])
 def test_colours_that_cannot_be_converted(monkeypatch: pytest.MonkeyPatch, clips, error: Exception) -> None:
     # Which colour spaces these are differs between releases of FFmpeg.
-    def fails(**options: object) -> None:
-        raise error
+    class Fails:
+        def reformat(self, *frame: object, **options: object) -> None:
+            raise error
 
-    stand_in = SimpleNamespace(format=SimpleNamespace(name="yuv420p"), time=0.0, to_ndarray=fails)
-    monkeypatch.setattr(pyav._Decoding, "frames", lambda self: iter([stand_in]))
+    monkeypatch.setattr("av.video.reformatter.VideoReformatter", Fails)
     message = refusal(clips.get("mkv"))
     assert "frames of this colour space (yuv420p) cannot be converted to RGB" in message
 

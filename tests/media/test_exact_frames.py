@@ -135,17 +135,18 @@ def test_recording_that_starts_between_keyframes(clips, tmp_path: Path) -> None:
     assert read_video(tmp_path / "middle.ts", num_frames=2, sampler="midpoint").total_frames == total
 
 
-def test_stops_after_the_last_wanted_frame(clips, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counting_stops_after_the_last_wanted_frame(clips, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded, converted = [], []
-    frames, upright = pyav._Decoding.frames, pyav._upright
+    frames, shaped = pyav.Decoding.frames, pyav.Shaper.__call__
 
     def counted(self):
         for frame in frames(self):
             decoded.append(frame.pts)
             yield frame
 
-    clip = pyav.open_with_pyav(clips.get("h264-closed-gop"), max_pixels=10_000)
-    monkeypatch.setattr(pyav._Decoding, "frames", counted)
-    monkeypatch.setattr(pyav, "_upright", lambda frame, path: converted.append(frame.pts) or upright(frame, path))
+    clip = pyav.open_with_pyav(clips.get("transport-stream"), max_pixels=10_000)
+    assert clip.index is None
+    monkeypatch.setattr(pyav.Decoding, "frames", counted)
+    monkeypatch.setattr(pyav.Shaper, "__call__", lambda self, frame: converted.append(frame.pts) or shaped(self, frame))
     clip.read([3, 9], clips.height, clips.width)
     assert (len(decoded), len(converted)) == (10, 2)

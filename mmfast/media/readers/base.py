@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -69,6 +69,18 @@ class Clip(Protocol):
             height: of the returned frames.
             width: of the returned frames.
         """
+
+    def parts(self, indices: Sequence[int], height: int, width: int, count: int) -> Iterator[Decoded]:
+        """Read frames as :meth:`read` does, ``count`` at a time, so that no more than these are held."""
+
+
+class ReadsInParts:
+    """Parts of a clip in which any frame is found as fast as the next one."""
+
+    def parts(self: Clip, indices: Sequence[int], height: int, width: int, count: int) -> Iterator[Decoded]:
+        """Read frames, ``count`` at a time."""
+        for start in range(0, len(indices), count):
+            yield self.read(indices[start : start + count], height, width)
 
 
 class Reader(Protocol):

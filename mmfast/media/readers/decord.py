@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mmfast.media.errors import MediaError
-from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels
+from mmfast.media.readers.base import FALLBACK_FPS, ClipInfo, Decoded, Pixels, ReadsInParts
 from mmfast.media.readers.pyav import inspect, open_with_pyav
 
 CHILD = Path(__file__).with_name("decord_child.py")
@@ -48,7 +48,7 @@ def open_with_decord(path: Path, *, max_pixels: int, timeout: float, child: Path
 
 
 @dataclass(frozen=True)
-class DecordClip:
+class DecordClip(ReadsInParts):
     """A file that decord can open.
 
     Attributes:

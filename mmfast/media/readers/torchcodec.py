@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmfast.media.errors import MediaError
-from mmfast.media.readers.base import ClipInfo, Decoded, resized
+from mmfast.media.readers.base import ClipInfo, Decoded, ReadsInParts, resized
 from mmfast.media.readers.pyav import inspect
 
 # Measured with release 0.13: frames of H.264 in AVI are off by two without a word, transport streams fail.
@@ -47,7 +47,7 @@ def open_with_torchcodec(path: Path, *, max_pixels: int, timeout: float = 0.0) -
 
 
 @dataclass(frozen=True)
-class TorchcodecClip:
+class TorchcodecClip(ReadsInParts):
     """A file that torchcodec has open.
 
     Attributes:
