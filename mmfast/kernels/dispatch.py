@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -20,14 +21,16 @@ BACKENDS: tuple[Backend, ...] = ("torch", "triton")
 _LOG = logging.getLogger("mmfast.kernels")
 _ASKED: ContextVar[Backend | None] = ContextVar("mmfast_kernels_backend", default=None)
 _TOLD: set[tuple[str, str]] = set()
+_TELLING = Lock()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Ask for one form of every operation while the context lasts.
+    """Ask for one form of every operation while the context lasts, in this thread or asynchronous task.
 
-    ``"triton"`` raises where an operation cannot run in Triton; without this context such a call falls back
+    Contexts can be nested: the innermost holds. Code that ``torch.compile`` has traced keeps the form it was traced
+    with. ``"triton"`` raises where an operation cannot run in Triton; without this context such a call falls back
     to torch and the reason is logged once.
 
     Args:
@@ -60,17 +63,30 @@ def chosen(operation: str, refusal: str) -> Backend:
     Raises:
         RuntimeError: if Triton was asked for and cannot.
     """
-    asked = _ASKED.get()
+    asked = _asked()
     if asked == "torch" or (asked is None and not refusal):
         return "torch" if asked else "triton"
     if not refusal:
         return "triton"
     if asked == "triton":
         raise RuntimeError(f"operation {operation!r} cannot run in Triton: {refusal}; leave kernels.use('triton') out")
-    if (operation, refusal) not in _TOLD:
-        _TOLD.add((operation, refusal))
-        _LOG.info("%s runs in torch: %s", operation, refusal)
+    _tell(operation, refusal)
     return "torch"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tell(operation: str, refusal: str) -> None:
+    """Log a reason the first time."""
+    with _TELLING:
+        new = (operation, refusal) not in _TOLD
+        _TOLD.add((operation, refusal))
+    if new:
+        _LOG.info("%s runs in torch: %s", operation, refusal)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _asked() -> Backend | None:
+    return _ASKED.get()
 
 
 def refusal_of(*tensors: Tensor | None) -> str:
@@ -83,7 +99,7 @@ def refusal_of(*tensors: Tensor | None) -> str:
         >>> refusal_of(torch.zeros(2, dtype=torch.float64)) != ""
         True
     """
-    missing = _missing()
+    missing: str = _missing()
     if missing:
         return missing
     given = [tensor for tensor in tensors if tensor is not None]
@@ -119,16 +135,26 @@ def available() -> dict[str, str]:
     return found
 
 
-@cache
+# Neither changes while a process lasts, so that a trace by torch.compile may take the answer as given; it looks
+# through a cache, but not into these.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing() -> str:
-    return "" if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+    return "" if _installed() else "Triton is not installed"
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def interpreted() -> bool:
     """Whether Triton runs as an interpreter, on tensors of the CPU; for tests, and slow."""
-    if _missing():
-        return False
+    return _installed() and _interprets()
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _interprets() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)

@@ -15,12 +15,14 @@ BLOCK_ELEMENTS = 1 << 24
 """Entries of a block held at once: 64 MiB of float32."""
 
 
-def row_counts(features: Tensor, counts: Tensor | None, *, name: str = "features", axes: str = "B N D") -> list[int]:
-    """Check a padded batch, and say how many of its rows count.
+class RowCounts:
+    """How many rows of each entry of a padded batch are no padding, checked.
+
+    Counts on a GPU are not waited for: there, what is out of range is cut, and only :meth:`numbers` checks.
 
     Args:
         features: ``[B, N, D]``.
-        counts: int32 or int64 ``[B]``, the rows of each entry that are no padding; None = all.
+        counts: int32 or int64 ``[B]``; None = all.
         name: what ``features`` is called where it does not fit.
         axes: letters of its axes, separated by spaces; the first two are ``B N``.
 
@@ -29,21 +31,38 @@ def row_counts(features: Tensor, counts: Tensor | None, *, name: str = "features
         TypeError: if a dtype does not fit.
 
     Example:
-        >>> row_counts(torch.zeros(2, 5, 3), None), row_counts(torch.zeros(2, 5, 3), torch.tensor([4, 0]))
-        ([5, 5], [4, 0])
+        >>> counts = RowCounts(torch.zeros(2, 5, 3), torch.tensor([4, 0]))
+        >>> counts.numbers(), counts.tensor().tolist(), RowCounts(torch.zeros(2, 5, 3), None).numbers()
+        ([4, 0], [4, 0], [5, 5])
     """
-    check_shape(name, features, axes)
-    if not features.is_floating_point():
-        raise TypeError(f"{name} is {features.dtype}, must be a floating point tensor")
-    batch, total = features.shape[:2]
-    if counts is None:
-        return [total] * batch
-    check_shape("counts", counts, "B", B=batch)
-    check_whole("counts", counts)
-    found: list[int] = counts.tolist()
-    if not all(0 <= count <= total for count in found):
-        raise ValueError(f"counts={found} must lie in 0..{total}, the rows that {name} has")
-    return found
+
+    def __init__(self, features: Tensor, counts: Tensor | None, *, name: str = "features", axes: str = "B N D") -> None:
+        check_shape(name, features, axes)
+        if not features.is_floating_point():
+            raise TypeError(f"{name} is {features.dtype}, must be a floating point tensor")
+        self._name, self._device = name, features.device
+        self._batch, self._total = features.shape[:2]
+        self._given = counts
+        if counts is not None:
+            check_shape("counts", counts, "B", B=self._batch)
+            check_whole("counts", counts)
+            if counts.device.type == "cpu":
+                self.numbers()
+
+    def numbers(self) -> list[int]:
+        """Return the counts as numbers, which waits for a GPU they may lie on."""
+        if self._given is None:
+            return [self._total] * self._batch
+        found: list[int] = self._given.tolist()
+        if not all(0 <= count <= self._total for count in found):
+            raise ValueError(f"counts={found} must lie in 0..{self._total}, the rows that {self._name} has")
+        return found
+
+    def tensor(self) -> Tensor:
+        """Return the counts as int32 ``[B]`` beside the features."""
+        if self._given is None:
+            return torch.full((self._batch,), self._total, dtype=torch.int32, device=self._device)
+        return self._given.to(self._device, torch.int32).clamp(0, self._total)
 
 
 def check_count(name: str, value: int, least: int = 0) -> None:
@@ -133,15 +152,8 @@ def sum_by_group(features: Tensor, group: Tensor, groups: int) -> Tensor:
         >>> sum_by_group(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2, 0, 2]), 3).tolist()
         [[2.0], [0.0], [5.0]]
     """
+    if features.device.type == "cpu":
+        return features.new_zeros(groups, features.shape[1], dtype=torch.float32).index_add_(0, group, features.float())
     # A matrix product, because scattered additions come in any order on a GPU and two runs would differ.
-    return membership(group, groups) @ features.float()
-
-
-def membership(group: Tensor, groups: int) -> Tensor:
-    """Return float32 ``[groups, R]``, 1 where a row is a member of a group; arguments as of :func:`sum_by_group`.
-
-    Example:
-        >>> membership(torch.tensor([1, 0]), 2).tolist()
-        [[0.0, 1.0], [1.0, 0.0]]
-    """
-    return (torch.arange(groups, device=group.device)[:, None] == group).float()
+    member = (torch.arange(groups, device=group.device)[:, None] == group).float()
+    return member @ features.float()

@@ -13,6 +13,7 @@ from mmfast.kernels import attention_stats
 from mmfast.kernels.attention_stats import Options, reference
 from mmfast.kernels.dispatch import chosen
 
+_OVER: tuple[Literal["sum", "max"], ...] = ("sum", "max")
 _BLOCK_ELEMENTS = 1 << 22
 """Largest number of float32 logits held at once (16 MiB)."""
 
@@ -23,7 +24,7 @@ class AttentionView:
 
     Nothing is stored but references to the layer's own tensors; probabilities exist a few rows at a
     time, so that memory stays at O(heads x tokens) whatever backend the model attends with. Rows and column sums come
-    from the kernels of :mod:`mmfast.kernels.attention_stats` where those run; a row that sees nothing is zero there.
+    from the kernels of :mod:`mmfast.kernels.attention_stats` where those run. A row that sees nothing is zero.
 
     Attributes:
         query: ``[H, n, d]`` queries of the prompt's tokens, as the layer used them.
@@ -83,8 +84,7 @@ class AttentionView:
         if self.mask is None:
             places = torch.arange(self.key.shape[1], device=logits.device)
             return logits.masked_fill(places > (rows + self.past)[:, None], -torch.inf)
-        own = self.mask[..., rows, :]
-        return logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own.float()
+        return reference.masked(logits, self.mask[..., rows, :])
 
     def rows(self, rows: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Compute rows of attention probabilities over the prompt's own tokens.
@@ -106,7 +106,7 @@ class AttentionView:
             query, key = self.query[None, :, rows], self.key[None]
             probabilities = attention_stats.few_rows(query, key, first=self.past, **options)[0]
         else:
-            probabilities = (self.logits(rows) / temperature).softmax(dim=-1)[..., self.past :]
+            probabilities = reference.softmax(self.logits(rows) / temperature)[..., self.past :]
         if self.silent is None:
             return probabilities
         return probabilities.masked_fill(self.silent[rows][:, None], 0.0)
@@ -127,12 +127,26 @@ class AttentionView:
             places = torch.arange(start, start + part.numel(), device=rows.device)
             yield places, self.rows(part, temperature=temperature)
 
+    def row_lse(self, *, temperature: float = 1.0) -> Tensor | None:
+        """Compute what :meth:`column_sums` needs of all rows, to keep it where columns are summed more than once.
+
+        Args:
+            temperature: divides the logits.
+
+        Returns:
+            float32 ``[H, n]``, the log-sum-exp of each row; None where plain torch runs, which does not need it.
+        """
+        if not self._fast():
+            return None
+        return attention_stats.row_lse(self.query[None], self.key[None], **self._options(temperature, self.mask))[0]
+
     def column_sums(
         self,
         weights: Tensor,
         *,
         heads: Literal["mean", "max", "each"] = "mean",
         temperature: float = 1.0,
+        lse: Tensor | None = None,
     ) -> Tensor:
         """Add up what all rows give to each column: ``c_j = sum_i weights_i P_ij``.
 
@@ -142,6 +156,7 @@ class AttentionView:
             heads: average the heads, take the largest entry over the heads before adding up, or
                 return each head.
             temperature: divides the logits.
+            lse: from :meth:`row_lse` with the same temperature; None = computed, for rows of any weight.
 
         Returns:
             float32 ``[n]``, or ``[H, n]`` for ``heads="each"``.
@@ -153,7 +168,7 @@ class AttentionView:
                 weights = weights.masked_fill(self.silent, 0.0)
             query, key, options = self.query[None], self.key[None], self._options(temperature, self.mask)
             return attention_stats.column_sums(
-                query, key, None, weights[None], heads=reduce, first=self.past, **options
+                query, key, None if lse is None else lse[None], weights[None], heads=reduce, first=self.past, **options
             )[0]
         used = (weights != 0).any(dim=0) if per_head else weights != 0
         rows = used.nonzero().squeeze(-1)
@@ -161,6 +176,54 @@ class AttentionView:
         for places, block in self.blocks(rows, temperature=temperature):
             total += reference.reduced(block, weights[..., rows[places]].float(), reduce, "sum")
         return total
+
+    def column_sums_and_peaks(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the heads, then add up what some rows give to each column, and take the largest of it.
+
+        Args:
+            rows: ``[R]`` int64 query rows.
+
+        Returns:
+            The sums and the largest entries, float32 ``[n]`` each.
+        """
+        if self._fast():
+            options = self._options(1.0, None if self.mask is None else self.mask[..., rows, :])
+            options["places"] = rows + self.past
+            query, key = self.query[None, :, rows], self.key[None]
+            weights = torch.ones(rows.numel(), device=query.device)
+            weights = weights if self.silent is None else weights.masked_fill(self.silent[rows], 0.0)
+            lse = attention_stats.row_lse(query, key, **options)
+            total, largest = (
+                attention_stats.column_sums(
+                    query, key, lse, weights, heads="mean", over=over, first=self.past, **options
+                )[0]
+                for over in _OVER
+            )
+            return total, largest
+        total = self.query.new_zeros(self.length, dtype=torch.float32)
+        largest = torch.zeros_like(total)
+        for _, block in self.blocks(rows):
+            mean = block.mean(dim=0)
+            total += mean.sum(dim=0)
+            largest = torch.maximum(largest, mean.amax(dim=0))
+        return total, largest
+
+    def mass(self, columns: Tensor) -> Tensor:
+        """Add up what each row gives to some columns.
+
+        Args:
+            columns: ``[n]`` bool.
+
+        Returns:
+            float32 ``[H, n]``.
+        """
+        if self._fast():
+            marked = torch.nn.functional.pad(columns, (self.past, 0))
+            options = self._options(1.0, self.mask)
+            given = attention_stats.visual_mass(self.query[None], self.key[None], marked, **options)[0]
+            return given if self.silent is None else given.masked_fill(self.silent, 0.0)
+        rows = torch.arange(self.length, device=columns.device)
+        return torch.cat([(block * columns).sum(dim=-1) for _, block in self.blocks(rows)], dim=-1)
 
     def _fast(self) -> bool:
         """Say whether the kernels run here; a view whose logits are its own has none."""

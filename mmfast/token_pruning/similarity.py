@@ -182,37 +182,6 @@ def frame_places(layout: Layout) -> list[Tensor]:
     return sorted(groups, key=lambda part: int(part[0]))
 
 
-def density_peaks(features: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """Rate how well each token would do as the centre of a cluster: dense, and far from anything denser.
-
-    The density falls with the squared distances to the nearest tokens, the token itself being one of them. The
-    logarithm of the usual product is taken, because the density of far-flung tokens is 0 in single precision.
-
-    Args:
-        features: ``[n, D]``.
-        neighbours: how many nearest tokens count.
-
-    Returns:
-        float32 ``[n]`` score and ``[n, n]`` distances, divided by the square root of D.
-
-    Example:
-        >>> score, distance = density_peaks(torch.tensor([[0.0], [0.1], [0.3], [1.0], [1.2], [1.5]]), 3)
-        >>> highest_first(score, 2).tolist(), round(distance[0, 4].item(), 4)
-        ([1, 4], 1.2)
-    """
-    # By way of products, which is many times faster; in double precision, since hidden states share a large part.
-    values = features.double()
-    values = values - values.mean(dim=0)
-    square = values.square().sum(dim=-1)
-    distance = square[:, None] + square - 2 * (values @ values.T)
-    distance = distance.masked_fill(distance < 1e-12 * square.max(), 0.0)
-    distance = (distance / features.shape[1]).sqrt().float()
-    near = distance.topk(min(neighbours, distance.shape[0]), dim=-1, largest=False).values
-    density = -near.square().mean(dim=-1)
-    apart = distance.masked_fill(density <= density[:, None], torch.inf).amin(dim=-1)
-    return density + torch.where(apart.isinf(), distance.max(), apart).log(), distance
-
-
 def segment_sums(features: Tensor, group: Tensor, groups: int) -> Tensor:
     """As :func:`sum_by_group`, for many groups: the rows are sorted by group and added up one after the other.
 

@@ -69,3 +69,32 @@ def test_masked_rect(dtype: torch.dtype, width: int, compile_only: Compile) -> N
     output, _ = triton.attend_rectangles(query, key, key, rectangles, places, valid, 0.1, 2.0)
     output.sum().backward()
     assert found == ["_forward", "_backward_query", "_backward_states"]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 128), (torch.float32, 256)], ids=str)
+def test_attention_stats(dtype: torch.dtype, width: int, compile_only: Compile) -> None:
+    from mmfast.kernels.attention_stats import triton, triton_backward
+    from mmfast.kernels.attention_stats.problem import Options, problem_of
+    from mmfast.kernels.attention_stats.triton_backward import Pull
+
+    found, back = compile_only(triton), compile_only(triton_backward)
+    query, key = torch.zeros(1, 4, 200, width, dtype=dtype), torch.zeros(1, 2, 200, width, dtype=dtype)
+    level, weights, visual = torch.zeros(1, 4, 200), torch.ones(1, 200), torch.ones(1, 200, dtype=torch.bool)
+    mask, edges = torch.zeros(1, 1, 200, 200), torch.tensor([0, 50, 200])
+    # Most of what is optional at once; the rest is left out of it.
+    for given in (Options(), Options(packed=edges, mask=mask, window=9, softcap=3.0, valid=visual)):
+        asked = problem_of(query, key, given)
+        triton.rows(asked, key, visual, weights)
+        triton.probabilities(asked, level, 0)
+        triton.winners(asked, level, 0)
+        triton.column_sums(asked, level, weights, "max", "max", 0, named=True)
+    rows = Pull("rows", entries=level, visual=visual, value=key, towards=query)
+    triton_backward.totals(asked, Pull("few", entries=torch.zeros(1, 4, 200, 200)), level, every=True)
+    won = torch.zeros(1, 1, 200, dtype=torch.int32), torch.zeros(1, 200, 200, dtype=torch.int16)
+    sums = Pull("sums", 0, torch.zeros(1, 1, 200), weights, *won)
+    for pull in (rows, sums):
+        triton_backward.query_gradient(asked, pull, level, level)
+        triton_backward.key_gradient(asked, pull, level, level)
+        triton_backward.mask_gradient(asked, pull, level, level)
+    assert found == 2 * ["_rows_kernel", "_probabilities_kernel", "_winners_kernel", "_columns_kernel"]
+    assert back == ["_query_kernel", *2 * ["_query_kernel", "_key_kernel", "_mask_kernel"]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -40,3 +42,38 @@ def test_the_reason_is_given(
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         kernels.nothing  # noqa: B018
+
+
+def test_a_reason_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(dispatch, "_TOLD", set())
+    with caplog.at_level(logging.INFO, "mmfast.kernels"):
+        threads = [Thread(target=dispatch.chosen, args=("compact", "too wide")) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        dispatch.chosen("compact", "too long")
+    assert caplog.messages == ["compact runs in torch: too wide", "compact runs in torch: too long"]
+
+
+def test_the_innermost_context_holds_and_in_its_thread_alone() -> None:
+    found = []
+    with kernels.use("triton"):
+        with kernels.use("torch"):
+            thread = Thread(target=lambda: found.append(dispatch.chosen("compact", "")))
+            thread.start()
+            thread.join()
+            assert dispatch.chosen("compact", "") == "torch"
+        assert dispatch.chosen("compact", "") == "triton"
+        with pytest.raises(RuntimeError, match="too wide"):
+            dispatch.chosen("compact", "too wide")
+    assert found == ["triton"]
+
+
+def test_the_choice_does_not_break_a_compiled_graph() -> None:
+    def doubled(states: torch.Tensor) -> torch.Tensor:
+        refusal = dispatch.refusal_of(states.double())
+        return states * 2 if dispatch.chosen("compact", refusal) == "torch" else states
+
+    compiled = torch.compile(doubled, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]

@@ -112,6 +112,13 @@ def test_triton_is_the_reference(valid: Tensor | None, device: torch.device) -> 
 
 
 @pytest.mark.interpreter
+def test_a_row_that_keeps_nothing(device: torch.device) -> None:
+    valid = torch.tensor([[True] * 5, [False] * 5], device=device)
+    indices = torch.arange(0, 50, 10, device=device).expand(2, 5)
+    both(indices, [torch.rand(2, 63, 100, device=device), torch.rand(2, 63, device=device)], valid)
+
+
+@pytest.mark.interpreter
 def test_many_tensors_take_several_launches(device: torch.device) -> None:
     both(INDICES.to(device), tensors(device=device) * 2, VALID.to(device))
 

@@ -85,11 +85,24 @@ def test_triton_picks_the_same(dtype: torch.dtype, width: int, device: torch.dev
     same(features, relevance, 10, counts=torch.tensor([63, 0, 7], device=device))
 
 
+def test_beyond_the_rank_the_lowest_rows_follow() -> None:
+    """Seven directions, scaled: what is left after seven picks is rounding noise, and decides nothing."""
+    features, relevance = drawn(2, 7, 30).mT @ drawn(2, 7, 40, seed=3), weights(2, 30)
+    with use("torch"):
+        picks = conditional_dpp(features, relevance, 33, counts=torch.tensor([30, 11]))
+    for row, count in enumerate([30, 11]):
+        first = naive(features[row, :count], relevance[row, :count], 7)
+        rest = [other for other in range(count) if other not in first]
+        assert picks[row].tolist() == first + rest + [-1] * (33 - count)
+
+
 @pytest.mark.interpreter
-def test_triton_falls_back_to_relevance_alike(device: torch.device) -> None:
-    """Eight directions, five times each: after eight picks the determinants are zero, exactly."""
-    features, relevance = torch.eye(8, device=device).repeat(5, 1)[None], weights(1, 40).to(device)
-    same(features, relevance, 20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_goes_on_beyond_the_rank_alike(dtype: torch.dtype, device: torch.device) -> None:
+    same(drawn(2, 20, 6, seed=2).to(device, dtype), weights(2, 20).to(device), 12)
+    # Eight directions, five times each: after eight picks the determinants are zero, exactly.
+    features, relevance = torch.eye(8, device=device, dtype=dtype).repeat(5, 1)[None], weights(1, 40).to(device)
+    same(features, relevance, 12)
     # Everything ties.
     same(features, torch.ones(1, 40, device=device), 14)
     same(torch.zeros(1, 5, 3, device=device), weights(1, 5).to(device), 7)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmfast.kernels import use
-from mmfast.kernels.dpc_knn import Peaks, dpc_knn
+from mmfast.kernels.dpc_knn import Peaks, dpc_knn, reference
+from mmfast.kernels.rows import row_blocks
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -66,6 +67,19 @@ def test_the_lower_index_counts_as_denser() -> None:
         found = dpc_knn(features, 2)
     assert found.centres.tolist() == [[0, 2]]
     assert found.owner.tolist() == [[0, 0, 1, 1]]
+
+
+def test_distances_need_not_be_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, counts = drawn(2, 25, 5), torch.tensor([25, 11])
+    with use("torch"):
+        whole = dpc_knn(features, 6, counts=counts)
+        # A few rows at a time.
+        monkeypatch.setattr(reference, "MATRIX_LIMIT", 10)
+        monkeypatch.setattr(reference, "row_blocks", lambda rows, width: row_blocks(rows, width, 4 * width))
+        parts = dpc_knn(features, 6, counts=counts)
+    assert parts.centres.equal(whole.centres)
+    assert parts.owner.equal(whole.owner)
+    torch.testing.assert_close(parts.score, whole.score, rtol=1e-5, atol=1e-5)
 
 
 def test_what_all_rows_share_does_not_swallow_the_distances() -> None:
@@ -126,6 +140,15 @@ def test_triton_breaks_ties_alike(device: torch.device) -> None:
         same(grid[None], 6, neighbours=neighbours)
     same(torch.zeros(2, 9, 4, device=device), 3)
     same(torch.tensor([[[0.0], [1.0], [10.0], [11.0]]], device=device), 2)
+
+
+@pytest.mark.interpreter
+def test_triton_need_not_hold_all_distances(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfast.kernels.dpc_knn import triton
+
+    monkeypatch.setattr(triton, "MATRIX_LIMIT", 10)
+    monkeypatch.setattr(triton, "_HELD", 2 * 41 * 17)
+    same(drawn(2, 41, 6).to(device), 5, counts=torch.tensor([41, 20], device=device))
 
 
 @pytest.mark.interpreter

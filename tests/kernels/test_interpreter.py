@@ -20,11 +20,50 @@ def test_there_is_something_to_interpret() -> None:
     assert FILES
 
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
 # File by file, so that workers share them.
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_interpreted(path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "-m", "interpreter and not gpu"]
+    interpret(path, "interpreter and not gpu and not slow")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if "mark.slow" in path.read_text()], ids=lambda path: path.stem
+)
+def test_slow_ones_interpreted(path: Path) -> None:
+    interpret(path, "interpreter and not gpu and slow", "--slow")
+
+
+CONTRACT = HERE.parent / "kv" / "test_contract.py"
+SLICES = {
+    "few": [
+        "equal_the_reference and (gemma3-quest or gemma3-adakv)",
+        "nothing_is_left_behind and gemma3-adakv",
+        "an_exception and gemma3-kivi",
+        "counts_every_byte and gemma3-kivi",
+    ],
+    "more": [
+        "equal_the_reference and (llava-quest or gemma3-kivi or qwen2_5_vl-razor_attention)",
+        "nothing_is_left_behind and qwen2_5_vl-quest",
+        "half_precision and llava-int8",
+    ],
+}
+"""Parts of the contract of caches: methods that retrieve, evict and pack."""
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["few", pytest.param("more", marks=pytest.mark.slow)])
+def test_the_contract_of_caches_holds_with_kernels(name: str) -> None:
+    interpret(CONTRACT, "not gpu", "--slow", "-k", " or ".join(f"({one})" for one in SLICES[name]))
+
+
+def interpret(path: Path, which: str, *more: str) -> None:
+    command = [sys.executable, "-m", "pytest", str(path), "-q", "-m", which, *more]
     command += ["-p", "no:cacheprovider"]
     # How this process was told to run is not meant for that one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

@@ -2,12 +2,13 @@
 
 All take queries ``[B, H, R, d]`` and keys ``[B, G, m, d]`` in float16, bfloat16 or float32, compute in float32, and
 share the keywords of :class:`Options`. A row that sees nothing has a log-sum-exp of minus infinity and probabilities
-of zero. The Triton form has no backward: where a gradient is needed plain torch runs.
+of zero. Gradients flow to queries, keys, values, additive masks, weights and log-sum-exps; the Triton form computes
+probabilities anew for them, and holds no matrix on the way back either.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Literal, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -16,34 +17,72 @@ from mmfast.kernels.attention_stats import reference
 from mmfast.kernels.attention_stats.problem import Options, Problem, problem_of
 from mmfast.kernels.dispatch import chosen, refusal_of
 
-__all__ = ["Options", "column_sums", "few_rows", "row_lse", "visual_mass"]
+__all__ = ["Attended", "Options", "attend", "column_sums", "few_rows", "row_lse", "visual_mass"]
 
 NAME = "attention_stats"
 _WIDEST = 256
 """Largest head size the kernels are written for."""
 
 
-@overload
-def row_lse(query: Tensor, key: Tensor, value: None = None, **options: Unpack[Options]) -> Tensor: ...
+class Attended(NamedTuple):
+    """What one pass over the rows finds.
+
+    Attributes:
+        output: ``[B, H, R, e]`` in the dtype of the query.
+        lse: float32 ``[B, H, R]``, the log-sum-exp of each row of logits.
+        mass: float32 ``[B, H, R]``, what each row gives to the visual columns; None where they were not named.
+    """
+
+    output: Tensor
+    lse: Tensor
+    mass: Tensor | None
 
 
-@overload
-def row_lse(query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]) -> tuple[Tensor, Tensor]: ...
-
-
-def row_lse(
-    query: Tensor, key: Tensor, value: Tensor | None = None, **options: Unpack[Options]
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the log-sum-exp of each row of logits, and the output of the attention where values are given.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, visual: Tensor | None = None, **options: Unpack[Options]
+) -> Attended:
+    """Attend, and say what the slices need: they cost no second pass over the logits then.
 
     Args:
         query: ``[B, H, R, d]``.
         key: ``[B, G, m, d]``; G divides H.
         value: ``[B, G, m, e]``, of the same dtype.
+        visual: as of :func:`visual_mass`; None = the mass is not asked for.
         options: see :class:`Options`.
 
     Returns:
-        float32 ``[B, H, R]``; with ``value`` also ``[B, H, R, e]`` in its dtype.
+        Output, log-sum-exps and mass.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is out of range.
+        TypeError: if a dtype does not fit.
+
+    Example:
+        >>> states = torch.zeros(1, 1, 2, 4)
+        >>> values = torch.tensor([[[[2.0], [4.0]]]])
+        >>> found = attend(states, states, values, torch.tensor([False, True]))
+        >>> found.output.flatten().tolist(), found.lse.exp().tolist(), found.mass.tolist()
+        ([2.0, 3.0], [[[1.0, 2.0]]], [[[0.0, 0.5]]])
+    """
+    problem = problem_of(query, key, options)
+    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value {list(value.shape)} must be {[*key.shape[:3], 'e']}, as many as there are keys")
+    if value.dtype != key.dtype:
+        raise TypeError(f"value ({value.dtype}) and key ({key.dtype}) must have one dtype; convert one of them")
+    lse, mass, output = _attended(problem, value, None if visual is None else _visual(problem, visual))
+    return Attended(cast("Tensor", output), lse, mass)
+
+
+def row_lse(query: Tensor, key: Tensor, **options: Unpack[Options]) -> Tensor:
+    """Compute the log-sum-exp of each row of logits.
+
+    Args:
+        query: ``[B, H, R, d]``.
+        key: ``[B, G, m, d]``; G divides H.
+        options: see :class:`Options`.
+
+    Returns:
+        float32 ``[B, H, R]``.
 
     Raises:
         ValueError: if shapes do not fit, or a number is out of range.
@@ -54,19 +93,7 @@ def row_lse(
         >>> row_lse(states, states).exp().round(decimals=4).tolist()
         [[[1.0, 2.0, 3.0]]]
     """
-    problem = problem_of(query, key, options)
-    if value is not None:
-        if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
-            raise ValueError(f"value {list(value.shape)} must be {[*key.shape[:3], 'e']}, as many as there are keys")
-        if value.dtype != key.dtype:
-            raise TypeError(f"value ({value.dtype}) and key ({key.dtype}) must have one dtype; convert one of them")
-    if _in_triton(problem, value, width=1 if value is None else int(value.shape[-1])):
-        from mmfast.kernels.attention_stats import triton
-
-        lse, _, read = triton.rows(problem, value, None)
-    else:
-        lse, read = reference.row_lse(problem, value)
-    return lse if read is None else (lse, read)
+    return _attended(problem_of(query, key, options), None, None)[0]
 
 
 def few_rows(
@@ -98,9 +125,10 @@ def few_rows(
     problem = problem_of(query, key, options)
     _check(problem, lse, first)
     if _in_triton(problem, lse):
-        from mmfast.kernels.attention_stats import triton
+        from mmfast.kernels.attention_stats.functions import FewRows, apply
 
-        return triton.probabilities(problem, lse, first)
+        found: Tensor = apply(FewRows, query, key, problem.mask, lse, problem, first)
+        return found
     return reference.few_rows(problem, lse, first)
 
 
@@ -161,10 +189,13 @@ def column_sums(
             f"weights {list(weights.shape)} must be [{rows}], [{batch}, {rows}] or [{batch}, {count}, {rows}]"
         )
     weights = weights.expand(shape)
+    # Weights that say yes or no are numbers here.
+    weights = weights if weights.is_floating_point() else weights.float()
     if _in_triton(problem, lse, weights):
-        from mmfast.kernels.attention_stats import triton
+        from mmfast.kernels.attention_stats.functions import ColumnSums, apply
 
-        return triton.column_sums(problem, lse, weights, heads, over, first)
+        found: Tensor = apply(ColumnSums, query, key, problem.mask, lse, weights, problem, heads, over, first)
+        return found
     return reference.column_sums(problem, lse, weights, heads, over, first)
 
 
@@ -190,17 +221,7 @@ def visual_mass(query: Tensor, key: Tensor, visual: Tensor, **options: Unpack[Op
         [[[0.0, 0.5]]]
     """
     problem = problem_of(query, key, options)
-    batch, _, _, columns = problem.sizes
-    if visual.dtype != torch.bool:
-        raise TypeError(f"visual must be bool, not {visual.dtype}")
-    if tuple(visual.shape) not in {(columns,), (batch, columns)}:
-        raise ValueError(f"visual {list(visual.shape)} must be [{columns}] or [{batch}, {columns}]")
-    visual = visual.expand(batch, columns)
-    if _in_triton(problem, visual):
-        from mmfast.kernels.attention_stats import triton
-
-        return triton.rows(problem, None, visual)[1]
-    return reference.visual_mass(problem, visual)
+    return cast("Tensor", _attended(problem, None, _visual(problem, visual))[1])
 
 
 def refusal(*tensors: Tensor | None, width: int) -> str:
@@ -216,9 +237,31 @@ def refusal(*tensors: Tensor | None, width: int) -> str:
     """
     if width > _WIDEST:
         return f"head size {width} is more than {_WIDEST}"
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return "its Triton form has no backward, and a gradient is needed"
     return refusal_of(*tensors)
+
+
+def _attended(
+    problem: Problem, value: Tensor | None, visual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Go over all rows once: log-sum-exp, mass and output."""
+    if _in_triton(problem, value, visual, width=1 if value is None else int(value.shape[-1])):
+        from mmfast.kernels.attention_stats.functions import Attention, apply
+
+        found: tuple[Tensor, Tensor | None, Tensor | None] = apply(
+            Attention, problem.query, problem.key, problem.mask, value, problem, visual
+        )
+        return found
+    return reference.attend(problem, value, visual)
+
+
+def _visual(problem: Problem, visual: Tensor) -> Tensor:
+    """Check which columns are visual, and return them as ``[B, m]``."""
+    batch, _, _, columns = problem.sizes
+    if visual.dtype != torch.bool:
+        raise TypeError(f"visual must be bool, not {visual.dtype}")
+    if tuple(visual.shape) not in {(columns,), (batch, columns)}:
+        raise ValueError(f"visual {list(visual.shape)} must be [{columns}] or [{batch}, {columns}]")
+    return visual.expand(batch, columns)
 
 
 def _in_triton(problem: Problem, *others: Tensor | None, width: int = 1) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class Options(TypedDict, total=False):
             last R columns, in order.
         valid: ``[B, m]`` bool, columns that exist: the way to padded batches of prompts of several lengths. It says
             nothing about rows; what padded rows give is left out by their weights. None = all.
+        packed: ``[S + 1]`` int32 or int64, where S prompts that lie one after the other in the columns begin, and
+            where the last of them ends: ``[0, ..., m]``, ascending. A row sees the prompt it stands in alone, and tiles
+            of others are passed over: the way to prompts of several lengths without padding. None = one prompt.
         mask: ``[B or 1, H or 1, R, m]`` bool (True = visible) or additive, on top of the others; an additive value
             below half of the lowest float32 hides, as minus infinity does. None = none.
     """
@@ -36,6 +40,7 @@ class Options(TypedDict, total=False):
     window: int | None
     places: Tensor | None
     valid: Tensor | None
+    packed: Tensor | None
     mask: Tensor | None
 
 
@@ -57,7 +62,9 @@ class Problem:
         window: how many columns a row sees at most, if limited.
         places: ``[B, R]`` int64, if rows do not stand in the last columns.
         valid: ``[B, m]`` bool, if some columns do not exist.
-        mask: ``[B, H, R, m]`` bool or additive, possibly expanded.
+        begins: ``[B, R]`` int64, the first column of the prompt a row stands in, if several are packed.
+        ends: ``[B, R]`` int64, the column behind that prompt.
+        mask: ``[B or 1, H or 1, R or 1, m or 1]`` bool or additive.
     """
 
     query: Tensor
@@ -67,9 +74,11 @@ class Problem:
     temperature: float
     causal: bool
     window: int | None
-    places: Tensor | None
-    valid: Tensor | None
-    mask: Tensor | None
+    places: Tensor | None = None
+    valid: Tensor | None = None
+    begins: Tensor | None = None
+    ends: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -79,8 +88,43 @@ class Problem:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors there are."""
-        return self.query, self.key, self.places, self.valid, self.mask
+        """All tensors there are, or are not, in the order of :meth:`holding`."""
+        return self.query, self.key, self.places, self.valid, self.begins, self.ends, self.mask
+
+    @property
+    def numbers(self) -> tuple[float, float | None, float, bool, int | None]:
+        """All that is no tensor, in the order of :meth:`holding`."""
+        return self.scaling, self.softcap, self.temperature, self.causal, self.window
+
+    @classmethod
+    def holding(cls, tensors: Sequence[Tensor | None], numbers: tuple[Any, ...]) -> Problem:
+        """Put together again what :attr:`tensors` and :attr:`numbers` took apart."""
+        query, key, *others = tensors
+        return cls(cast("Tensor", query), cast("Tensor", key), *numbers, *others)
+
+    @property
+    def whole_mask(self) -> Tensor | None:
+        """The mask as ``[B, H, R, m]``, expanded."""
+        return None if self.mask is None else self.mask.expand(self.sizes)
+
+    def stood_in(self) -> Tensor:
+        """Return the column each row stands in, ``[B, R]`` int64."""
+        batch, _, rows, columns = self.sizes
+        if self.places is not None:
+            return self.places
+        return torch.arange(columns - rows, columns, device=self.query.device).expand(batch, rows)
+
+    def part(self, rows: slice) -> Problem:
+        """Return the problem of some of the rows."""
+        mask = self.mask
+        return replace(
+            self,
+            query=self.query[:, :, rows],
+            places=self.stood_in()[:, rows],
+            begins=None if self.begins is None else self.begins[:, rows],
+            ends=None if self.ends is None else self.ends[:, rows],
+            mask=mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows],
+        )
 
 
 def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
@@ -110,7 +154,7 @@ def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
             raise ValueError(f"{name}={value} must be a positive number")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1; leave it out for no limit")
-    places, valid, mask = options.get("places"), options.get("valid"), options.get("mask")
+    places, valid, packed, mask = options.get("places"), options.get("valid"), options.get("packed"), None
     if places is not None:
         if places.dtype != torch.int64:
             raise TypeError(f"places must be int64, not {places.dtype}")
@@ -119,11 +163,12 @@ def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
         if valid.dtype != torch.bool:
             raise TypeError(f"valid must be bool, not {valid.dtype}")
         valid = _expanded("valid", valid, (batch, columns))
-    if mask is not None:
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise TypeError(f"mask must be bool or floating, not {mask.dtype}")
-        mask = _expanded("mask", mask, (batch, heads, rows, columns))
-    return Problem(
+    if (given := options.get("mask")) is not None:
+        if given.dtype != torch.bool and not given.is_floating_point():
+            raise TypeError(f"mask must be bool or floating, not {given.dtype}")
+        _expanded("mask", given, (batch, heads, rows, columns))
+        mask = given.reshape((1,) * (4 - given.ndim) + tuple(given.shape))
+    problem = Problem(
         query,
         key,
         width**-0.5 if scaling is None else float(scaling),
@@ -133,8 +178,27 @@ def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
         window,
         places,
         valid,
-        mask,
+        mask=mask,
     )
+    return problem if packed is None else _packed(problem, packed)
+
+
+def _packed(problem: Problem, packed: Tensor) -> Problem:
+    """Say of each row where the prompt it stands in begins and ends."""
+    if packed.ndim != 1 or packed.numel() < 2:
+        raise ValueError(f"packed {list(packed.shape)} must be [S + 1]: where S prompts begin, and where the last ends")
+    if packed.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"packed must be int32 or int64, not {packed.dtype}")
+    columns = problem.sizes[-1]
+    # On a GPU the numbers would have to be waited for.
+    if packed.device.type == "cpu":
+        bounds = packed.tolist()
+        if bounds[0] != 0 or bounds[-1] != columns or sorted(bounds) != bounds:
+            raise ValueError(f"packed={bounds} must ascend from 0 to {columns}, the number of columns")
+    packed = packed.to(problem.query.device, torch.int64)
+    prompt = torch.searchsorted(packed, problem.stood_in().contiguous(), right=True)
+    begins = packed[(prompt - 1).clamp(0, packed.numel() - 1)]
+    return replace(problem, begins=begins, ends=packed[prompt.clamp(max=packed.numel() - 1)])
 
 
 def _expanded(name: str, given: Tensor, shape: tuple[int, ...]) -> Tensor:

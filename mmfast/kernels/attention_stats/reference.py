@@ -15,6 +15,16 @@ BLOCK_ELEMENTS = 1 << 22
 """Largest number of float32 logits held at once (16 MiB)."""
 
 
+def exact(states: Tensor) -> torch.dtype:
+    """Return what is computed in: float32, unless the states are finer.
+
+    Example:
+        >>> exact(torch.ones(1, dtype=torch.float16))
+        torch.float32
+    """
+    return torch.promote_types(states.dtype, torch.float32)
+
+
 def logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
     """Multiply the queries and keys of one prompt.
 
@@ -25,16 +35,28 @@ def logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = N
         softcap: cap of the logits.
 
     Returns:
-        float32 ``[H, R, m]``.
+        ``[H, R, m]`` in float32; in float64 where the states are.
 
     Example:
         >>> logits(torch.ones(2, 1, 4), torch.ones(1, 3, 4), 0.5).tolist()
         [[[2.0, 2.0, 2.0]], [[2.0, 2.0, 2.0]]]
     """
-    grouped = rearrange(query, "(g r) n d -> g r n d", g=key.shape[0]).float()
-    found = torch.einsum("grnd,gkd->grnk", grouped, key.float()) * scaling
+    grouped = rearrange(query, "(g r) n d -> g r n d", g=key.shape[0]).to(exact(query))
+    found = torch.einsum("grnd,gkd->grnk", grouped, key.to(exact(key))) * scaling
     found = rearrange(found, "g r n k -> (g r) n k")
     return found if softcap is None else torch.tanh(found / softcap) * softcap
+
+
+def masked(found: Tensor, mask: Tensor) -> Tensor:
+    """Apply a mask, bool (True = visible) or additive, to logits; minus infinity where it hides.
+
+    Example:
+        >>> masked(torch.zeros(2), torch.tensor([0.5, torch.finfo(torch.float32).min])).tolist()
+        [0.5, -inf]
+    """
+    if mask.dtype == torch.bool:
+        return found.masked_fill(~mask, -torch.inf)
+    return (found + mask.to(found.dtype)).masked_fill(mask <= HIDES, -torch.inf)
 
 
 def reduced(
@@ -56,27 +78,46 @@ def reduced(
         [2.5, 0.5]
     """
     if heads != "none":
-        block = block.amax(dim=0) if heads == "max" else block.mean(dim=0)
+        # Not amax: of equal heads or rows the first takes the gradient, not all of them a share.
+        block = block.max(dim=0).values if heads == "max" else block.mean(dim=0)
     if over == "max":
-        return (block * weights[..., None]).amax(dim=-2)
+        return (block * weights[..., None]).max(dim=-2).values
     if heads == "none":
         return torch.einsum("hrn,hr->hn" if weights.ndim == 2 else "hrn,r->hn", block, weights)
     return weights @ block
 
 
-def row_lse(problem: Problem, value: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the log-sum-exp of all rows, and what they read from ``value``."""
+def attend(
+    problem: Problem, value: Tensor | None = None, visual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Go over all rows once.
+
+    Args:
+        problem: what is seen, and how.
+        value: ``[B, G, m, e]``; None where nothing is read.
+        visual: ``[B, m]`` bool; None where nothing is counted.
+
+    Returns:
+        Log-sum-exps ``[B, H, R]``, the mass of the visual columns ``[B, H, R]`` and what is read ``[B, H, R, e]``.
+    """
     batch, heads, rows, _ = problem.sizes
-    lse = problem.query.new_empty((batch, heads, rows), dtype=torch.float32)
+    dtype = exact(problem.query)
+    lse = problem.query.new_empty((batch, heads, rows), dtype=dtype)
+    mass = None if visual is None else torch.empty_like(lse)
     read = None if value is None else problem.query.new_empty((batch, heads, rows, value.shape[-1]))
     for sample in range(batch):
         for part, block in _logit_blocks(problem, sample):
-            lse[sample][:, part] = block.logsumexp(dim=-1)
+            lse[sample][:, part] = _logsumexp(block)
+            if value is None and visual is None:
+                continue
+            shares = softmax(block)
+            if mass is not None and visual is not None:
+                mass[sample][:, part] = (shares * visual[sample]).sum(dim=-1)
             if read is not None and value is not None:
-                shares = rearrange(_softmax(block), "(g r) n k -> g r n k", g=value.shape[1])
-                own = torch.einsum("grnk,gkd->grnd", shares, value[sample].float())
+                grouped = rearrange(shares, "(g r) n k -> g r n k", g=value.shape[1])
+                own = torch.einsum("grnk,gkd->grnd", grouped, value[sample].to(dtype))
                 read[sample][:, part] = own.flatten(0, 1).to(read.dtype)
-    return lse, read
+    return lse, mass, read
 
 
 def few_rows(problem: Problem, lse: Tensor | None, first: int) -> Tensor:
@@ -99,28 +140,22 @@ def column_sums(
     """Reduce the rows; rows of weight zero are not computed."""
     batch, count, _, columns = problem.sizes
     shape = (batch, count, columns - first) if heads == "none" else (batch, columns - first)
-    total = problem.query.new_zeros(shape, dtype=torch.float32)
+    dtype = exact(problem.query)
+    total = problem.query.new_zeros(shape, dtype=dtype)
+    # The gradient of a weight does not need the weight.
+    everyone = torch.is_grad_enabled() and weights.requires_grad
     for sample in range(batch):
-        own = weights[sample].float()
-        rows = (own != 0).any(dim=0).nonzero().squeeze(-1) if own.ndim == 2 else own.nonzero().squeeze(-1)
+        own = weights[sample].to(dtype)
+        used = ((own != 0).any(dim=0) if own.ndim == 2 else own != 0) | everyone
+        rows = used.nonzero().squeeze(-1)
         for part, block in _logit_blocks(problem, sample, rows):
             block = _probabilities(block, None if lse is None else lse[sample][:, part])[..., first:]
             found = reduced(block, own[..., part], heads, over)
             if over == "max":
-                total[sample] = torch.maximum(total[sample], found)
+                total[sample] = torch.where(found > total[sample], found, total[sample])
             else:
                 total[sample] += found
     return total
-
-
-def visual_mass(problem: Problem, visual: Tensor) -> Tensor:
-    """Return what each row gives to the columns of ``visual``, ``[B, m]`` bool."""
-    batch, heads, rows, _ = problem.sizes
-    mass = problem.query.new_empty((batch, heads, rows), dtype=torch.float32)
-    for sample in range(batch):
-        for part, block in _logit_blocks(problem, sample):
-            mass[sample][:, part] = (_softmax(block) * visual[sample]).sum(dim=-1)
-    return mass
 
 
 def _logit_blocks(problem: Problem, sample: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,37 +171,47 @@ def _logit_blocks(problem: Problem, sample: int, rows: Tensor | None = None) -> 
 
 def _masked(problem: Problem, sample: int, rows: Tensor | slice) -> Tensor:
     """Return logits over the temperature, ``[H, r, m]``; minus infinity where a row sees nothing."""
-    _, _, count, columns = problem.sizes
+    columns = problem.sizes[-1]
     found = logits(problem.query[sample][:, rows], problem.key[sample], problem.scaling, problem.softcap)
-    device = found.device
-    if problem.mask is not None:
-        own = problem.mask[sample][:, rows]
-        if own.dtype == torch.bool:
-            found = found.masked_fill(~own, -torch.inf)
-        else:
-            found = (found + own.float()).masked_fill(own <= HIDES, -torch.inf)
+    if (mask := problem.whole_mask) is not None:
+        found = masked(found, mask[sample][:, rows])
     if problem.valid is not None:
         found = found.masked_fill(~problem.valid[sample], -torch.inf)
+    behind = torch.arange(columns, device=found.device)
     if problem.causal or problem.window is not None:
-        places = torch.arange(columns - count, columns, device=device)
-        places = (places if problem.places is None else problem.places[sample])[rows, None]
-        behind = torch.arange(columns, device=device)
+        places = problem.stood_in()[sample, rows, None]
         if problem.causal:
             found = found.masked_fill(behind > places, -torch.inf)
         if problem.window is not None:
             found = found.masked_fill(behind <= places - problem.window, -torch.inf)
+    if problem.begins is not None and problem.ends is not None:
+        begins, ends = problem.begins[sample, rows, None], problem.ends[sample, rows, None]
+        found = found.masked_fill((behind < begins) | (behind >= ends), -torch.inf)
     return found / problem.temperature
 
 
 def _probabilities(found: Tensor, lse: Tensor | None) -> Tensor:
     if lse is None:
-        return _softmax(found)
+        return softmax(found)
     # A row that sees nothing: exp(-inf - inf) is 0, where exp(-inf + inf) is not a number.
     return (found - torch.where(lse == -torch.inf, torch.inf, lse)[..., None]).exp()
 
 
-def _softmax(found: Tensor) -> Tensor:
-    """Take the softmax over the columns; a row that sees nothing gives nothing."""
+def _logsumexp(found: Tensor) -> Tensor:
+    """Take the log-sum-exp over the columns; minus infinity, and no gradient, for a row that sees nothing."""
+    nothing = (found == -torch.inf).all(dim=-1)
+    if not nothing.any():
+        return found.logsumexp(dim=-1)
+    return found.masked_fill(nothing[..., None], 0.0).logsumexp(dim=-1).masked_fill(nothing, -torch.inf)
+
+
+def softmax(found: Tensor) -> Tensor:
+    """Take the softmax over the columns; a row that sees nothing gives nothing.
+
+    Example:
+        >>> softmax(torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]])).tolist()
+        [[0.5, 0.5], [0.0, 0.0]]
+    """
     nothing = (found == -torch.inf).all(dim=-1, keepdim=True)
     if not nothing.any():
         return found.softmax(dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfast.kernels.bipartite_merge import reference
 from mmfast.kernels.checks import check_shape, check_whole, gradient_refusal
 from mmfast.kernels.dispatch import chosen, refusal_of
-from mmfast.kernels.rows import check_count, row_counts
+from mmfast.kernels.rows import RowCounts, check_count
 
 __all__ = ["Merged", "average_groups", "bipartite_match", "bipartite_merge"]
 
@@ -41,7 +41,8 @@ def bipartite_match(
     Args:
         metric: ``[B, N, d]`` what similarity, the cosine in float32, is measured on.
         merges: how many even rows are joined; at most half of an image's rows (after the class token) can be.
-        counts: int32 or int64 ``[B]``, rows of each image that are no padding; None = all.
+        counts: int32 or int64 ``[B]``, rows of each image that are no padding; None = all. How large the result is
+            hangs on them: on a GPU they are waited for.
         class_token: the first row takes no part, and what is not joined keeps its order.
 
     Returns:
@@ -59,18 +60,20 @@ def bipartite_match(
         >>> places.tolist(), source.tolist()
         ([[2, 1]], [[1, 1, 0]])
     """
-    lengths = row_counts(metric, counts, name="metric")
+    lengths = RowCounts(metric, counts, name="metric")
     check_count("merges", merges)
-    joined = [max(0, min(merges, (length - class_token) // 2)) for length in lengths]
+    numbers = lengths.numbers()
+    joined = [max(0, min(merges, (length - class_token) // 2)) for length in numbers]
+    kept = max((length - fewer for length, fewer in zip(numbers, joined, strict=True)), default=0)
     if not any(joined):
-        return reference.unjoined(metric, lengths)
+        return reference.unjoined(lengths.tensor(), metric.shape[1], kept)
     if chosen("bipartite_merge", refusal_of(metric)) == "triton":
         from mmfast.kernels.bipartite_merge.triton import partners
 
-        found = partners(metric.detach(), lengths)
+        found = partners(metric.detach(), lengths.tensor())
     else:
-        found = reference.partners(metric.detach(), lengths)
-    return reference.join(*found, lengths, joined, metric.shape[1], class_token=class_token)
+        found = reference.partners(metric.detach(), numbers)
+    return reference.join(*found, lengths.tensor(), merges, metric.shape[1], kept, class_token=class_token)
 
 
 def average_groups(features: Tensor, sizes: Tensor | None, source: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,7 @@ def average_groups(features: Tensor, sizes: Tensor | None, source: Tensor, group
         >>> merged.tolist(), sizes.tolist()
         ([[[2.0], [1.0]]], [[3.0, 1.0]])
     """
-    row_counts(features, None)
+    RowCounts(features, None)
     batch, total = features.shape[:2]
     if sizes is not None:
         check_shape("sizes", sizes, "B N", B=batch, N=total)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmfast.kernels.rows import membership, normalised, row_blocks
+from mmfast.kernels.rows import normalised, row_blocks, sum_by_group
 
 _LEAST = 1e-30
 """Stands for the size of groups without members, so that their averages are zeros."""
@@ -43,36 +43,35 @@ def partners(metric: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return closeness, partner
 
 
-def unjoined(metric: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return what matching gives when nothing is joined; arguments as of :func:`partners`.
+def unjoined(counts: Tensor, total: int, kept: int) -> tuple[Tensor, Tensor]:
+    """Return what matching gives when nothing is joined.
+
+    Args:
+        counts: int32 ``[B]``, rows of each image.
+        total: number N of rows with padding.
+        kept: the most rows of an image.
 
     Example:
-        >>> [part.tolist() for part in unjoined(torch.zeros(2, 3, 1), [2, 1])]
+        >>> [part.tolist() for part in unjoined(torch.tensor([2, 1]), 3, 2)]
         [[[0, 1], [0, -1]], [[0, 1, -1], [0, -1, -1]]]
     """
-    everything = torch.arange(metric.shape[1], device=metric.device)
-    counts = torch.tensor(lengths, dtype=torch.int64, device=metric.device)
+    everything = torch.arange(total, device=counts.device)
     source = torch.where(everything < counts[:, None], everything, -1)
-    return source[:, : max(lengths, default=0)], source
+    return source[:, :kept], source
 
 
 def join(
-    closeness: Tensor,
-    partner: Tensor,
-    lengths: Sequence[int],
-    joined: Sequence[int],
-    total: int,
-    *,
-    class_token: bool,
+    closeness: Tensor, partner: Tensor, counts: Tensor, merges: int, total: int, kept: int, *, class_token: bool
 ) -> tuple[Tensor, Tensor]:
-    """Join the closest pairs of each image.
+    """Join the closest pairs of each image, all images at once.
 
     Args:
         closeness: as of :func:`partners`.
         partner: as of :func:`partners`.
-        lengths: rows of each image.
-        joined: how many pairs of each are joined.
+        counts: int32 ``[B]``, rows of each image.
+        merges: how many pairs of each are joined, if it has as many.
         total: number N of rows with padding.
+        kept: the most rows of an image that are left.
         class_token: the first row takes no part, and what is not joined keeps its order.
 
     Returns:
@@ -80,32 +79,28 @@ def join(
 
     Example:
         >>> closeness, partner = torch.tensor([[0.5, 0.9]]), torch.tensor([[0, 1]])
-        >>> [part.tolist() for part in join(closeness, partner, [4], [1], 4, class_token=False)]
+        >>> [part.tolist() for part in join(closeness, partner, torch.tensor([4]), 1, 4, 3, class_token=False)]
         [[[0, 1, 3]], [[0, 1, 2, 2]]]
     """
-    device = closeness.device
-    kept = max(length - merges for length, merges in zip(lengths, joined, strict=True))
-    places = torch.full((len(lengths), kept), -1, dtype=torch.int64, device=device)
-    source = torch.full((len(lengths), total), -1, dtype=torch.int64, device=device)
-    everything = torch.arange(total, device=device)
-    for image, (length, merges) in enumerate(zip(lengths, joined, strict=True)):
-        if merges == 0:
-            places[image, :length] = source[image, :length] = everything[:length]
-            continue
-        even, odd = everything[0:length:2], everything[1:length:2]
-        own = closeness[image, : even.numel()]
-        if class_token:
-            own = own.clone()
-            own[0] = -torch.inf
-        order = own.sort(descending=True, stable=True).indices
-        goes, stays = order[:merges], order[merges:]
-        if class_token:
-            stays = stays.sort().values
-        places[image, : length - merges] = torch.cat([even[stays], odd])
-        source[image, even[stays]] = everything[: stays.numel()]
-        source[image, odd] = everything[stays.numel() : length - merges]
-        source[image, even[goes]] = partner[image, goes] + stays.numel()
-    return places, source
+    row = torch.arange(total, device=closeness.device)
+    length = counts.long()[:, None]
+    joined = ((length - int(class_token)) // 2).clamp(0, merges)
+    stays = (length + 1) // 2 - joined
+    if class_token:
+        closeness = closeness.index_fill(1, row[:1], -torch.inf)
+    # Padding is minus infinity and comes last among equals too.
+    rank = closeness.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    goes = rank < joined
+    place = (~goes).cumsum(dim=1) - 1 if class_token else rank - joined
+    # [B, N]: even rows stay or go to their partner, odd rows follow those that stay.
+    half, odd = row // 2, row % 2 == 1
+    source = torch.where(odd, stays + half, torch.where(goes, stays + partner, place)[:, half])
+    untouched, leaves = joined == 0, torch.where(odd, False, goes[:, half])
+    source = torch.where(untouched, row, source).masked_fill(row >= length, -1)
+    # What goes, and padding, is written to a place behind all others, which is cut off.
+    target = source.masked_fill((leaves & ~untouched) | (source < 0), kept)
+    places = torch.full((closeness.shape[0], kept + 1), -1, dtype=torch.int64, device=closeness.device)
+    return places.scatter_(1, target, row.expand_as(target))[:, :kept], source
 
 
 def average_groups(features: Tensor, sizes: Tensor | None, source: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -117,13 +112,12 @@ def average_groups(features: Tensor, sizes: Tensor | None, source: Tensor, group
         # Left out, not weighed with 0: padding may hold anything.
         if not bool(alive.all()):
             values, group, weight = values[alive], group[alive], None if weight is None else weight[alive]
-        member = membership(group, groups)
         if weight is None:
             total = torch.bincount(group, minlength=groups).float()[:, None]
-            whole = member @ values
+            whole = sum_by_group(values, group, groups)
         else:
-            total = member @ weight[:, None]
-            whole = member @ (values * weight[:, None])
+            total = sum_by_group(weight[:, None], group, groups)
+            whole = sum_by_group(values * weight[:, None], group, groups)
         merged.append(whole.div_(total.clamp_min(_LEAST)).to(features.dtype))
         summed.append(total[:, 0])
     if len(merged) == 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -17,15 +15,14 @@ _WIDEST = 1024
 """Most channels that one program averages."""
 
 
-def partners(metric: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Find for each row at an even place the most similar at an odd place; as of the reference.
+def partners(metric: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Find for each row at an even place the most similar at an odd place; as of the reference, with int32 counts.
 
     No matrix of similarities is stored.
     """
     unit = normalised(metric).contiguous()
     batch, total, width = unit.shape
     half = (total + 1) // 2
-    counts = torch.tensor(lengths, dtype=torch.int32, device=unit.device)
     closeness = torch.empty(batch, half, device=unit.device)
     partner = torch.empty(batch, half, dtype=torch.int64, device=unit.device)
     with torch.cuda.device_of(unit):

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmfast.kernels.checks import check_shape
 from mmfast.kernels.conditional_dpp import reference
 from mmfast.kernels.dispatch import chosen, refusal_of
-from mmfast.kernels.rows import check_count, row_counts
+from mmfast.kernels.rows import RowCounts, check_count
 
 __all__ = ["conditional_dpp"]
 
@@ -17,9 +17,9 @@ def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, *, counts: T
     """Pick rows one by one, each enlarging the determinant of the kernel of all picks most.
 
     The kernel is the cosine similarity of the rows, scaled on both sides by their relevance; its Cholesky factor
-    grows by a row with every pick. Once the features span no new direction every determinant is zero; the most
-    relevant of what is left then follow, where the official code divides by zero. Gains that are rounding errors
-    only, as those of more picks than dimensions can be, decide as they happen to be, and not alike in both forms.
+    grows by a row with every pick. A gain below 1e-5 of the row's entry on the diagonal is rounding error and counts
+    as none. Once the features span no new direction, as where there are more picks than dimensions, every gain is
+    none, and the lowest rows that are left follow; the official code divides by what rounding left there.
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs"
     (arXiv 2506.10967, Theia-4869/CDPruner).
@@ -42,13 +42,13 @@ def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, *, counts: T
         >>> conditional_dpp(features, torch.ones(1, 3), 2).tolist()
         [[0, 2]]
     """
-    lengths = row_counts(features, counts)
+    lengths = RowCounts(features, counts)
     check_shape("relevance", relevance, "B N", B=features.shape[0], N=features.shape[1])
     check_count("kept", kept)
     if 0 in features.shape[:2] or kept == 0:
-        return torch.full((len(lengths), kept), -1, dtype=torch.int64, device=features.device)
+        return torch.full((len(features), kept), -1, dtype=torch.int64, device=features.device)
     if chosen("conditional_dpp", refusal_of(features, relevance)) == "triton":
         from mmfast.kernels.conditional_dpp.triton import conditional_dpp as fast
 
-        return fast(features.detach(), relevance.detach(), kept, lengths)
-    return reference.conditional_dpp(features, relevance, kept, lengths)
+        return fast(features.detach(), relevance.detach(), kept, lengths.tensor())
+    return reference.conditional_dpp(features, relevance, kept, lengths.numbers())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from mmfast.kernels.rows import normalised
 
-FLOOR = 1e-10
-"""Share of the largest gain of all below which a gain is rounding error."""
+FLOOR = 1e-5
+"""Share of its entry on the diagonal below which the gain of a row is rounding error, and counts as none."""
 
 
 def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, lengths: Sequence[int]) -> Tensor:
@@ -29,22 +28,19 @@ def _likeliest(unit: Tensor, relevance: Tensor, kept: int) -> Tensor:
     total = unit.shape[0]
     # What each row would still add to the determinant, given what is chosen.
     gain = relevance.square() * unit.square().sum(dim=-1)
-    floor = FLOOR * float(gain.max())
+    floor = FLOOR * gain
     rows = unit.new_zeros(kept, total)
     free = torch.ones(total, dtype=torch.bool, device=unit.device)
     picks = torch.empty(kept, dtype=torch.int64, device=unit.device)
     for step in range(kept):
-        best = gain.masked_fill(~free, -torch.inf)
-        pick = int(best.argmax())
-        spent = float(best[pick]) <= floor or math.isnan(float(best[pick]))
-        if spent:
-            pick = int(relevance.masked_fill(~free, -torch.inf).argmax())
+        # Where nothing is gained any more all are equal, and the lowest is picked.
+        score = torch.where(gain > floor, gain, 0.0).masked_fill(~free, -torch.inf)
+        pick = score.argmax()
         picks[step] = pick
         free[pick] = False
-        if spent:
-            continue
         kernel = relevance[pick] * relevance * (unit @ unit[pick])
         row = (kernel - rows[:step, pick] @ rows[:step]) / gain[pick].sqrt()
-        rows[step] = row
-        gain = gain - row.square()
+        # Without a condition, which would have to be waited for on a GPU.
+        rows[step] = torch.where(score[pick] > 0.0, row, 0.0)
+        gain = gain - rows[step].square()
     return picks

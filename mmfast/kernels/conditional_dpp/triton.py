@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -14,27 +12,23 @@ from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, wit
 from mmfast.kernels.rows import normalised
 
 
-def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, lengths: Sequence[int]) -> Tensor:
-    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as numbers."""
-    counts = torch.tensor(lengths, dtype=torch.int32, device=features.device)
+def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, counts: Tensor) -> Tensor:
+    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as int32."""
     padding = torch.arange(features.shape[1], device=features.device) >= counts[:, None]
     unit = normalised(features).masked_fill(padding[..., None], 0.0).contiguous()
     relevance = relevance.float().masked_fill(padding, 0.0).contiguous()
     batch, total, width = unit.shape
     gain = relevance.square() * unit.square().sum(dim=-1)
-    floor = FLOOR * gain.amax(dim=1).double()
+    floor = FLOOR * gain
     taken = padding.to(torch.int8)
     factor = torch.empty(batch, kept, total, device=unit.device)
     picks = torch.empty(batch, kept, dtype=torch.int64, device=unit.device)
     with torch.cuda.device_of(unit):
-        # What is likeliest, and what would follow by relevance alone.
-        likely, relevant = Offers(unit, batch, total), Offers(unit, batch, total)
+        offers = Offers(unit, batch, total)
         for step in range(kept + 1):
-            _step[(likely.blocks, batch)](
-                unit, relevance, gain, floor, taken, factor,
-                likely.score, likely.place, relevant.score, relevant.place, picks,
-                total, width, likely.blocks, kept, step,
-                BLOCK=BLOCK, WIDE=WIDE, PARTS=likely.parts,
+            _step[(offers.blocks, batch)](
+                unit, relevance, gain, floor, taken, factor, offers.score, offers.place, picks,
+                total, width, offers.blocks, kept, step, BLOCK=BLOCK, WIDE=WIDE, PARTS=offers.parts,
             )  # fmt: skip
     return without_spent(picks, counts)
 
@@ -47,10 +41,8 @@ def _step(
     floor,
     taken,
     factor,
-    likely,
-    likely_places,
-    relevant,
-    relevant_places,
+    offers,
+    places,
     picks,
     total,
     width,
@@ -67,11 +59,7 @@ def _step(
     batch = tl.num_programs(1)
     before = ((step + 1) % 2 * batch + image) * blocks
     after = (step % 2 * batch + image) * blocks
-    best, pick = best_offer(likely, likely_places, before, blocks, total, PARTS)
-    _, fallback = best_offer(relevant, relevant_places, before, blocks, total, PARTS)
-    # Infinity stands for what is not a number.
-    spent = (best.to(tl.float64) <= tl.load(floor + image)) | (best == float("inf"))
-    pick = tl.where(spent, fallback, pick)
+    best, pick = best_offer(offers, places, before, blocks, total, PARTS)
     if (part == 0) & (step > 0):
         tl.store(picks + image * kept + step - 1, pick)
     row = part * BLOCK + tl.arange(0, BLOCK)
@@ -82,7 +70,8 @@ def _step(
     gone = tl.where(row == pick, 1, gone)
     if step > 0:
         added = tl.zeros([BLOCK], dtype=tl.float32)
-        if not spent:
+        # Nothing is taken out for a pick that gains nothing.
+        if best > 0.0:
             likeness = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
             for start in range(0, width, WIDE):
                 column = start + tl.arange(0, WIDE)
@@ -104,11 +93,8 @@ def _step(
         tl.store(factor + (image * kept + step - 1) * total + row, added, mask=inside)
         tl.store(gain + image * total + row, left, mask=inside)
         tl.store(taken + image * total + row, gone.to(tl.int8), mask=inside)
-    # What is not a number comes first, as it does in torch, and the pick of its relevance follows.
-    score = tl.where(left == left, left, float("inf"))
+    # Where nothing is gained any more all are equal, and the lowest is picked.
+    score = tl.where(left > tl.load(floor + image * total + row, mask=inside, other=0.0), left, 0.0)
     best, place = best_row(tl.where(gone == 0, score, -float("inf")), row, total)
-    tl.store(likely + after + part, best)
-    tl.store(likely_places + after + part, place)
-    best, place = best_row(tl.where(gone == 0, weight, -float("inf")), row, total)
-    tl.store(relevant + after + part, best)
-    tl.store(relevant_places + after + part, place)
+    tl.store(offers + after + part, best)
+    tl.store(places + after + part, place)

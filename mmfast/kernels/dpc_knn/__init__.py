@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmfast.kernels.dispatch import chosen, refusal_of
 from mmfast.kernels.dpc_knn import reference
-from mmfast.kernels.rows import check_count, row_counts
+from mmfast.kernels.rows import RowCounts, check_count
 
 __all__ = ["Peaks", "dpc_knn"]
 
@@ -57,12 +57,12 @@ def dpc_knn(features: Tensor, clusters: int, *, neighbours: int | None = None, c
         >>> found.centres.tolist(), found.owner.tolist()
         ([[0, 2]], [[0, 0, 1, 1]])
     """
-    lengths = row_counts(features, counts)
+    lengths = RowCounts(features, counts)
     check_count("clusters", clusters, least=1)
     neighbours = clusters if neighbours is None else neighbours
     check_count("neighbours", neighbours, least=1)
     if features.numel() and chosen("dpc_knn", refusal_of(features)) == "triton":
         from mmfast.kernels.dpc_knn.triton import dpc_knn as fast
 
-        return Peaks(*fast(features.detach(), clusters, neighbours, lengths))
-    return Peaks(*reference.dpc_knn(features, clusters, neighbours, lengths))
+        return Peaks(*fast(features.detach(), clusters, neighbours, lengths.tensor()))
+    return Peaks(*reference.dpc_knn(features, clusters, neighbours, lengths.numbers()))

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfast.kernels.checks import check_bool, check_shape
 from mmfast.kernels.dispatch import chosen, refusal_of
 from mmfast.kernels.greedy_cover import reference
-from mmfast.kernels.rows import MATRIX_LIMIT, check_count, row_counts
+from mmfast.kernels.rows import MATRIX_LIMIT, RowCounts, check_count
 
 __all__ = ["Combine", "greedy_cover", "greedy_cover_cosine"]
 
@@ -51,18 +51,18 @@ def greedy_cover(
         >>> greedy_cover(torch.tensor([[[0.5, 0.0], [0.4, 0.4], [0.0, 0.3]]]), 2).tolist()
         [[1, 0]]
     """
-    lengths = row_counts(weights, counts, name="weights", axes="B N R")
+    lengths = RowCounts(weights, counts, name="weights", axes="B N R")
     _check(kept, combine, saliency, *weights.shape[:2])
     if excluded is not None:
         check_shape("excluded", excluded, "B N", B=weights.shape[0], N=weights.shape[1])
         check_bool("excluded", excluded)
     if 0 in weights.shape[:2] or kept == 0:
-        return torch.full((len(lengths), kept), -1, dtype=torch.int64, device=weights.device)
+        return torch.full((len(weights), kept), -1, dtype=torch.int64, device=weights.device)
     if chosen("greedy_cover", refusal_of(weights, saliency, excluded)) == "triton":
         from mmfast.kernels.greedy_cover.triton import greedy_cover as fast
 
-        return fast(weights.detach(), kept, lengths, saliency, combine, excluded)
-    return reference.greedy_cover(weights, kept, lengths, saliency, combine, excluded)
+        return fast(weights.detach(), kept, lengths.tensor(), saliency, combine, excluded)
+    return reference.greedy_cover(weights, kept, lengths.numbers(), saliency, combine, excluded)
 
 
 def greedy_cover_cosine(
@@ -100,11 +100,11 @@ def greedy_cover_cosine(
         >>> greedy_cover_cosine(torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]]), 2).tolist()
         [[1, 2]]
     """
-    lengths = row_counts(features, counts)
+    lengths = RowCounts(features, counts)
     _check(kept, combine, saliency, *features.shape[:2])
     check_count("matrix_limit", matrix_limit)
     if 0 in features.shape[:2] or kept == 0:
-        return torch.full((len(lengths), kept), -1, dtype=torch.int64, device=features.device)
+        return torch.full((len(features), kept), -1, dtype=torch.int64, device=features.device)
     refusal = refusal_of(features, saliency)
     if not refusal and features.shape[1] > matrix_limit:
         # Every gain anew would be the whole matrix for every pick; the torch form looks only at what could still win.
@@ -112,8 +112,8 @@ def greedy_cover_cosine(
     if chosen("greedy_cover_cosine", refusal) == "triton":
         from mmfast.kernels.greedy_cover.triton import greedy_cover_cosine as fast
 
-        return fast(features.detach(), kept, lengths, saliency, combine)
-    return reference.greedy_cover_cosine(features, kept, lengths, saliency, combine, matrix_limit)
+        return fast(features.detach(), kept, lengths.tensor(), saliency, combine)
+    return reference.greedy_cover_cosine(features, kept, lengths.numbers(), saliency, combine, matrix_limit)
 
 
 def _check(kept: int, combine: str, saliency: Tensor | None, batch: int, total: int) -> None:

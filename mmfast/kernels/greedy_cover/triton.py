@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -19,15 +17,14 @@ _BATCH_ELEMENTS = 1 << 28
 def greedy_cover(
     weights: Tensor,
     kept: int,
-    lengths: Sequence[int],
+    counts: Tensor,
     saliency: Tensor | None,
     combine: str,
     excluded: Tensor | None,
 ) -> Tensor:
-    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as numbers."""
+    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as int32."""
     batch, total, things = weights.shape
     weights = weights.contiguous()
-    counts = torch.tensor(lengths, dtype=torch.int32, device=weights.device)
     taken = torch.arange(total, device=weights.device) >= counts[:, None]
     if excluded is not None:
         taken = taken | excluded
@@ -49,18 +46,16 @@ def greedy_cover(
     return without_spent(picks, free)
 
 
-def greedy_cover_cosine(
-    features: Tensor, kept: int, lengths: Sequence[int], saliency: Tensor | None, combine: str
-) -> Tensor:
-    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as numbers."""
+def greedy_cover_cosine(features: Tensor, kept: int, counts: Tensor, saliency: Tensor | None, combine: str) -> Tensor:
+    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as int32."""
     batch, total, _ = features.shape
-    padding = torch.arange(total, device=features.device) >= torch.tensor(lengths, device=features.device)[:, None]
+    padding = torch.arange(total, device=features.device) >= counts[:, None]
     unit = normalised(features).masked_fill(padding[..., None], 0.0)
     found = []
     for part in row_blocks(batch, total * total, _BATCH_ELEMENTS):
         similarity = unit[part] @ unit[part].transpose(1, 2)
         own = None if saliency is None else saliency[part]
-        found.append(greedy_cover(similarity, kept, lengths[part], own, combine, None))
+        found.append(greedy_cover(similarity, kept, counts[part], own, combine, None))
     return torch.cat(found)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfast.kernels.dispatch import chosen, refusal_of
 from mmfast.kernels.max_min_select import reference
-from mmfast.kernels.rows import MATRIX_LIMIT, check_count, row_counts
+from mmfast.kernels.rows import MATRIX_LIMIT, RowCounts, check_count
 
 __all__ = ["max_min_select"]
 
@@ -42,13 +42,13 @@ def max_min_select(
         >>> max_min_select(features, 3, counts=torch.tensor([3, 2])).tolist()
         [[2, 0, 1], [0, 1, -1]]
     """
-    lengths = row_counts(features, counts)
+    lengths = RowCounts(features, counts)
     check_count("kept", kept)
     check_count("matrix_limit", matrix_limit)
-    if features.shape[1] == 0 or kept == 0 or not lengths:
-        return torch.full((len(lengths), kept), -1, dtype=torch.int64, device=features.device)
+    if 0 in features.shape[:2] or kept == 0:
+        return torch.full((len(features), kept), -1, dtype=torch.int64, device=features.device)
     if chosen("max_min_select", refusal_of(features)) == "triton":
         from mmfast.kernels.max_min_select.triton import max_min_select as fast
 
-        return fast(features.detach(), kept, lengths, matrix_limit)
-    return reference.max_min_select(features, kept, lengths, matrix_limit)
+        return fast(features.detach(), kept, lengths.tensor(), matrix_limit)
+    return reference.max_min_select(features, kept, lengths.numbers(), matrix_limit)

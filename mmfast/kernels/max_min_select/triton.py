@@ -7,15 +7,12 @@ launch that all programs share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, without_spent
-from mmfast.kernels.max_min_select.reference import nearest_similarity
 from mmfast.kernels.rows import normalised, row_blocks
 
 _WALKED = 16384
@@ -24,18 +21,17 @@ _BATCH_ELEMENTS = 1 << 28
 """Entries of the similarities of several images held at once: 1 GiB."""
 
 
-def max_min_select(features: Tensor, kept: int, lengths: Sequence[int], matrix_limit: int) -> Tensor:
-    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as numbers."""
+def max_min_select(features: Tensor, kept: int, counts: Tensor, matrix_limit: int) -> Tensor:
+    """Pick ``kept`` rows of each image; arguments and result as of the operation, with counts as int32."""
     unit = normalised(features).contiguous()
     batch, total, _ = unit.shape
-    counts = torch.tensor(lengths, dtype=torch.int32, device=unit.device)
     picks = torch.empty(batch, kept, dtype=torch.int64, device=unit.device)
     with torch.cuda.device_of(unit):
         if total <= min(matrix_limit, _WALKED):
             for part in row_blocks(batch, total * total, _BATCH_ELEMENTS):
                 _with_matrix(unit[part], counts[part], picks[part])
         else:
-            _without_matrix(unit, lengths, counts, picks)
+            _without_matrix(unit, counts, picks)
     return without_spent(picks, counts)
 
 
@@ -68,15 +64,17 @@ def _walk(similarity, nearest, counts, picks, total, kept, BLOCK: tl.constexpr):
         score = -largest
 
 
-def _without_matrix(unit: Tensor, lengths: Sequence[int], counts: Tensor, picks: Tensor) -> None:
+def _without_matrix(unit: Tensor, counts: Tensor, picks: Tensor) -> None:
     batch, total, width = unit.shape
     kept = picks.shape[1]
-    first = torch.zeros(batch, dtype=torch.int64, device=unit.device)
-    for image, length in enumerate(lengths):
-        if length:
-            first[image] = nearest_similarity(unit[image, :length]).argmin()
+    padding = torch.arange(total, device=unit.device) >= counts[:, None]
+    nearest = torch.empty(batch, total, device=unit.device)
+    for part in row_blocks(total, batch * total):
+        likeness = unit[:, part] @ unit.transpose(1, 2)
+        likeness.diagonal(part.start, dim1=1, dim2=2).fill_(-torch.inf)
+        nearest[:, part] = likeness.masked_fill_(padding[:, None], -torch.inf).amax(dim=2)
     offers = Offers(unit, batch, total)
-    offers.seed(first)
+    offers.seed(nearest.masked_fill_(padding, torch.inf).argmin(dim=1))
     largest = torch.full((batch, total), -torch.inf, device=unit.device)
     for step in range(1, kept):
         _step[(offers.blocks, batch)](

@@ -75,7 +75,4 @@ def visual_saliency(view: AttentionView, visual: Tensor) -> Tensor:
         >>> bool(share[0] > share[1]), round(share.sum().item(), 4)
         (True, 1.0)
     """
-    given = torch.zeros(view.length, device=visual.device)
-    for places, block in view.blocks(torch.arange(view.length, device=visual.device)):
-        given[places] = (block * visual).sum(dim=-1).mean(dim=0)
-    return torch.nan_to_num(given).softmax(dim=0)
+    return torch.nan_to_num(view.mass(visual).mean(dim=0)).softmax(dim=0)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mmfast.budget import shares
+from mmfast.kernels.dpc_knn import dpc_knn
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Merger, VisionSignal, check_choice
-from mmfast.token_pruning.similarity import density_peaks, frame_places, highest_first, normalised, sum_by_group
+from mmfast.token_pruning.similarity import frame_places, highest_first, normalised, sum_by_group
 from mmfast.tokens import Keep, VisualTokens
 
 _NEIGHBOURS = 4
@@ -145,8 +146,7 @@ class FastVid(Merger):
         for index, count in enumerate(counts):
             if count == 0:
                 continue
-            score, _ = density_peaks(features[rest[index]], _NEIGHBOURS)
-            picks = highest_first(score, count).sort().values
+            picks = dpc_knn(features[rest[index]][None], count, neighbours=_NEIGHBOURS).centres[0].sort().values
             alone = self.compat is not None and count == context[0]
             pool = slice(bounds[index], bounds[index + 1]) if alone else slice(0, whole.numel())
             anchors = rest[index][picks]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mmfast.budget import shares
+from mmfast.kernels.dpc_knn import dpc_knn
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Merger, VisionSignal, check_choice, top_indices
 from mmfast.token_pruning.before_llm.prunevid import (
@@ -22,9 +23,7 @@ from mmfast.token_pruning.before_llm.prunevid import (
     split_windows,
 )
 from mmfast.token_pruning.similarity import (
-    density_peaks,
     frame_places,
-    highest_first,
     normalised,
     segment_sums,
 )
@@ -196,7 +195,7 @@ def blend_clusters(features: Tensor, clusters: int, neighbours: int, weight: flo
     Args:
         features: ``[n, D]``.
         clusters: number of clusters, at most n.
-        neighbours: as of :func:`~mmfast.token_pruning.similarity.density_peaks`.
+        neighbours: as of :func:`~mmfast.kernels.dpc_knn.dpc_knn`.
         weight: share of the centre, in [0, 1].
 
     Returns:
@@ -208,10 +207,9 @@ def blend_clusters(features: Tensor, clusters: int, neighbours: int, weight: flo
         >>> centres.tolist(), [round(value, 4) for value in blended.flatten().tolist()], owner.tolist()
         ([2], [0.1], [0, 0, 0])
     """
-    score, distance = density_peaks(features, neighbours)
-    centres = highest_first(score, clusters).sort().values
-    owner = distance[:, centres].argmin(dim=1)
-    owner[centres] = torch.arange(clusters, device=owner.device)
+    found = dpc_knn(features[None], clusters, neighbours=neighbours)
+    centres, order = found.centres[0].sort()
+    owner = order.argsort()[found.owner[0]]
     joined = (torch.bincount(owner, minlength=clusters) - 1)[:, None]
     own = features[centres].float()
     others = (segment_sums(features, owner, clusters) - own) / joined.clamp_min(1)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mmfast.budget import check_keep, shares
+from mmfast.kernels.dpc_knn import dpc_knn
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Merger, check_choice
 from mmfast.token_pruning.similarity import (
-    density_peaks,
     frame_places,
     highest_first,
     merged_keep,
@@ -156,7 +156,7 @@ def scene_windows(means: Tensor, clusters: int, neighbours: int) -> list[tuple[i
     Args:
         means: ``[T, D]`` one vector per frame.
         clusters: number of clusters, at most T.
-        neighbours: as of :func:`~mmfast.token_pruning.similarity.density_peaks`.
+        neighbours: as of :func:`~mmfast.kernels.dpc_knn.dpc_knn`.
 
     Returns:
         First and last frame of each window.
@@ -165,11 +165,7 @@ def scene_windows(means: Tensor, clusters: int, neighbours: int) -> list[tuple[i
         >>> scene_windows(torch.tensor([[0.0], [0.1], [0.3], [5.0], [5.1], [5.3]]), 2, 3)
         [(0, 2), (3, 5)]
     """
-    score, distance = density_peaks(means, neighbours)
-    centres = highest_first(score, clusters)
-    owner = distance[:, centres].argmin(dim=1)
-    owner[centres] = torch.arange(clusters, device=owner.device)
-    return contiguous(owner.tolist())
+    return contiguous(dpc_knn(means[None], clusters, neighbours=neighbours).owner[0].tolist())
 
 
 def contiguous(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -323,7 +319,7 @@ def average_clusters(features: Tensor, clusters: int, neighbours: int) -> tuple[
     Args:
         features: ``[n, D]``.
         clusters: number of clusters, at most n.
-        neighbours: as of :func:`~mmfast.token_pruning.similarity.density_peaks`.
+        neighbours: as of :func:`~mmfast.kernels.dpc_knn.dpc_knn`.
 
     Returns:
         int64 ``[clusters]`` centres, the best first, float32 ``[clusters, D]`` means, and int64 ``[n]`` the cluster
@@ -335,9 +331,7 @@ def average_clusters(features: Tensor, clusters: int, neighbours: int) -> tuple[
         >>> centres.tolist(), [round(mean, 2) for mean in means.flatten().tolist()], owner.tolist()
         ([2, 4], [0.1, 3.13], [0, 0, 0, 1, 1, 1])
     """
-    score, distance = density_peaks(features, neighbours)
-    centres = highest_first(score, clusters)
-    owner = distance[:, centres].argmin(dim=1)
-    owner[centres] = torch.arange(clusters, device=owner.device)
+    found = dpc_knn(features[None], clusters, neighbours=neighbours)
+    centres, owner = found.centres[0], found.owner[0]
     sizes = torch.bincount(owner, minlength=clusters)
     return centres, segment_sums(features, owner, clusters) / sizes[:, None], owner

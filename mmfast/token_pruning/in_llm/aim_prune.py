@@ -106,8 +106,10 @@ def page_rank(view: AttentionView, *, iterations: int = 5, temperature: float = 
     """
     even = 1.0 / view.length
     flow = torch.full((view.heads, view.length), even, device=view.query.device)
+    lse = view.row_lse(temperature=temperature)
     for _ in range(iterations):
-        flow = view.column_sums(flow, heads="each", temperature=temperature) * (1.0 - damping) + damping * even
+        received = view.column_sums(flow, heads="each", temperature=temperature, lse=lse)
+        flow = received * (1.0 - damping) + damping * even
     return flow.square().mean(dim=0).sqrt()
 
 

@@ -117,13 +117,8 @@ def text_attention(view: AttentionView, rows: Tensor, columns: Tensor) -> tuple[
         >>> text_attention(view, torch.tensor([1, 3]), torch.tensor([0]))
         (tensor([0.7500]), tensor([0.5000]))
     """
-    total = torch.zeros(columns.numel(), device=columns.device)
-    largest = torch.zeros_like(total)
-    for _, block in view.blocks(rows):
-        mean = block.mean(dim=0)[:, columns]
-        total += mean.sum(dim=0)
-        largest = torch.maximum(largest, mean.amax(dim=0))
-    return total, largest
+    total, largest = view.column_sums_and_peaks(rows)
+    return total[columns], largest[columns]
 
 
 def threshold_margin(total: Tensor, largest: Tensor, global_threshold: float, individual_threshold: float) -> Tensor:
