@@ -182,7 +182,8 @@ class Plan:
             bytes_per_value: 2 for half precision, 4 for float32.
 
         Returns:
-            The prediction, or None where a method leaves the count to the data or to the shape of the image.
+            The prediction, or None where a method leaves the count to the data or to the shape of the
+            image, or where frames are chosen.
 
         Example:
             >>> llava = LanguageShape(32, 4096, 11008, 32, 32, 128)
@@ -190,6 +191,9 @@ class Plan:
             >>> found.entered, found.layer_average, round(found.flops / found.full_flops, 3)
             (128, 68.0, 0.202)
         """
+        if self.at("frames"):
+            # How many frames the visual tokens stand for is not said.
+            return None
         entered = visual
         for before in self.at("before_llm"):
             if isinstance(before, BeforeLLM):

@@ -19,16 +19,20 @@ STACKING_STAGES = frozenset({"encoder"})
 """Stages in which a plan may hold more than one method of a role."""
 
 _ROOMS = (
+    "mmfast.token_pruning.frames",
     "mmfast.token_pruning.before_llm",
     "mmfast.token_pruning.in_llm",
+    "mmfast.token_pruning.compression",
     "mmfast.kv.eviction",
     "mmfast.kv.retrieval",
     "mmfast.kv.packing",
     "mmfast.speculative.drafters",
 )
 _ACTIONS = {
+    "FrameSelector": "skips",
     "LayerBypass": "reroutes",
     "LayerMask": "masks",
+    "Compressor": "compresses",
     "Adjuster": "adjusts",
     "Forgetter": "forgets",
     "Retriever": "reads a part",
@@ -102,7 +106,7 @@ class MethodInfo:
             return ""
         if "positions" not in self.options:
             return "keep"
-        default = self.options["positions"] or ("compact" if self.stage == "before_llm" else "keep")
+        default = self.options["positions"] or ("compact" if self.stage in ("frames", "before_llm") else "keep")
         return "compact, keep" if default == "compact" else "keep, compact"
 
 

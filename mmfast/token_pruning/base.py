@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +21,8 @@ Positions = Literal["keep", "compact"] | None
 
 SIGNALS = frozenset(
     {
+        # of a video that has not been encoded yet
+        "video_frames",
         # of the vision encoder, per visual token
         "cls_attention",
         "cls_logits",
@@ -375,38 +377,3 @@ def top_indices(score: Tensor, kept: int) -> Tensor:
     """
     clean = torch.nan_to_num(score.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return clean.sort(descending=True, stable=True).indices[:kept].sort().values
-
-
-@dataclass(frozen=True)
-class FrameTokens:
-    """Cheap features of the frames of ONE video, for a FrameSelector.
-
-    Attributes:
-        features: ``[T, D]`` one vector per frame.
-        timestamps: ``[T]`` float32 seconds.
-        signals: further tensors by name.
-    """
-
-    features: Tensor
-    timestamps: Tensor
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FrameSelector(Method):
-    """Decide which frames of a video are encoded at all.
-
-    Attributes:
-        keep: number (int) or fraction (float) of frames.
-    """
-
-    kind: ClassVar[str] = "FrameSelector"
-
-    keep: int | float = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-
-    @abstractmethod
-    def select(self, frames: FrameTokens, kept: int) -> Tensor:
-        """Return int64 frame indices, ascending."""

@@ -7,17 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+_AT_ONCE = 32
+"""Frames embedded in one run of the CLIP model."""
 
 
 class ClipTower:
     """Embed questions and patches in the space of a CLIP model.
 
     For methods that compare them there (``relevance="clip"``). The patches come from the vision encoder of the
-    vision-language model, so that must be the one of this very CLIP model, or fine-tuned from it.
+    vision-language model, so that must be the one of this very CLIP model, or fine-tuned from it. Methods that choose
+    frames show them to the CLIP model itself, which can be any.
 
     Args:
         parts: what :func:`mmfast.adapters.load_clip` returns.
-        tokenizer: tokenizer (or processor) of the vision-language model, which turns its tokens back into words.
+        tokenizer: tokenizer (or processor) of the vision-language model, which turns its tokens back into words; to
+            choose frames it must be the processor, which knows how pixels were normalised.
 
     Example:
         >>> import mmfast
@@ -28,6 +34,7 @@ class ClipTower:
 
     def __init__(self, parts: Any, tokenizer: Any) -> None:
         self.parts = parts
+        self._pixels = _normalisation(tokenizer)
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         if not callable(getattr(self.tokenizer, "decode", None)):
             raise TypeError(
@@ -70,6 +77,34 @@ class ClipTower:
         """Channels of the patch features this model projects."""
         return int(self.parts.width)
 
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether a processor said how pixels were normalised, so that :meth:`frame_embeds` can undo it."""
+        return self._pixels is not None
+
+    @torch.no_grad()
+    def frame_embeds(self, pixels: Tensor) -> Tensor:
+        """Embed the frames of a video with the CLIP model's own vision encoder.
+
+        Args:
+            pixels: ``[T, 3, H, W]`` normalised as the vision-language model reads them.
+
+        Returns:
+            float32 ``[T, E]``.
+
+        Raises:
+            ValueError: if it is not known how pixels were normalised.
+        """
+        if self._pixels is None:
+            raise ValueError("pass the processor of the vision-language model as tokenizer= to embed frames")
+        mean, deviation = (torch.tensor(values, device=pixels.device)[:, None, None] for values in self._pixels)
+        # A few at a time: full pictures of a long video take more room than all that is made of them.
+        rows = [
+            self.parts.see(cropped((part.float() * deviation + mean).clamp(0, 1), self.parts.side))
+            for part in pixels.split(_AT_ONCE)
+        ]
+        return torch.cat(rows).float().to(pixels.device)
+
     @torch.no_grad()
     def text_embeds(self, input_ids: Tensor) -> Tensor:
         """Embed a question.
@@ -105,6 +140,35 @@ class ClipTower:
             )
         embeds: Tensor = self.parts.project(patch_features.float())
         return embeds.float().to(patch_features.device)
+
+
+def cropped(pictures: Tensor, side: int) -> Tensor:
+    """Resize pictures to a shorter side and cut out the square in the middle, as CLIP models are trained.
+
+    Args:
+        pictures: float ``[T, 3, H, W]``.
+        side: pixels per side of the square.
+
+    Example:
+        >>> cropped(torch.zeros(2, 3, 8, 16), 4).shape
+        torch.Size([2, 3, 4, 4])
+    """
+    height, width = pictures.shape[-2:]
+    scale = side / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    resized = interpolate(pictures, size, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return resized[..., top : top + side, left : left + side]
+
+
+def _normalisation(processor: Any) -> tuple[list[float], list[float]] | None:
+    """Read mean and deviation that a processor normalises pixels to; None if it is a tokenizer alone."""
+    for name in ("video_processor", "image_processor"):
+        part = getattr(processor, name, None)
+        mean, deviation = getattr(part, "image_mean", None), getattr(part, "image_std", None)
+        if mean is not None and deviation is not None:
+            return [float(value) for value in mean], [float(value) for value in deviation]
+    return None
 
 
 def segments(words: list[int], length: int) -> list[list[int]]:

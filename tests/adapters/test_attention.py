@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfast
-from mmfast.adapters.attention import Capture, CaptureDone, register_tap, tap_name, watch
+from mmfast.adapters.attention import Attended, Capture, CaptureDone, register_tap, tap_name, watch, watchers
 from mmfast.adapters.ledger import Ledger
 from support.cases import case_id, mixed
 from support.checks import CLOSE, census, registries
@@ -122,6 +122,37 @@ def test_reading_may_end_the_module_early() -> None:
     assert capture.view(0, None).length == 4
     assert capture.query is not None
     assert not capture.query.requires_grad
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_a_listener_may_attend_itself(first: bool) -> None:
+    """The module's own function is not called then, and others are told all the same."""
+    model = FAMILIES["llava"].model()
+    module, config, ledger = model.get_decoder().layers[1].self_attn, model.get_decoder().config, Ledger()
+    hidden = torch.randn(2, 4, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    output = torch.randn(2, config.num_attention_heads, 4, module.head_dim)
+
+    class Attending:
+        def take(self, *_: object) -> Attended:
+            return Attended(output)
+
+    capture = Capture(torch.arange(4).expand(2, -1))
+    register_tap("sdpa", ledger)
+    ledger.set_attribute(config, "_attn_implementation_internal", tap_name("sdpa"))
+    assert watchers(module) == 0
+    for listener in (Attending(), capture) if first else (capture, Attending()):
+        ledger.enter(watch(module, listener))
+    assert watchers(module) == 2
+    try:
+        tables = model.get_decoder().rotary_emb(hidden, torch.arange(4)[None])
+        with torch.no_grad():
+            found, weights = module(hidden_states=hidden, position_embeddings=tables, attention_mask=None)
+            wanted = module.o_proj(output.transpose(1, 2).flatten(2))
+    finally:
+        ledger.undo()
+    assert torch.equal(found, wanted)
+    assert weights is None
+    assert capture.view(1, None).length == 4
 
 
 def test_the_last_user_takes_the_tap_out() -> None:

@@ -118,7 +118,7 @@ def _caches(case: dict[str, np.ndarray], method: MustDrop, levels: list[Level]) 
     layers = [_CacheLayer(level.length) for level in levels]
     runner: Any = SimpleNamespace(dropper=method, adapter=SimpleNamespace(shape=SimpleNamespace(layers=depth)))
     inner: Any = SimpleNamespace(
-        cache=SimpleNamespace(layers=layers), events=method.events(depth), level_at=levels.__getitem__
+        cache=SimpleNamespace(layers=layers), events=method.events(depth), level_at=levels.__getitem__, tables={}
     )
     LayerRunner.truncate(runner, inner)
     np.testing.assert_array_equal([layer.slots.numel() for layer in layers], case["cache_len_after"])

@@ -121,6 +121,18 @@ def test_column_sums(groups: int, past: int, mask: str, softcap: float | None, t
     assert (column_sums(per_head, "each") - own).abs().max() < 1e-5
 
 
+@everything
+def test_what_methods_ask_of_columns(groups: int, past: int, mask: str, softcap: float | None) -> None:
+    view, visible = example(groups, past, mask, softcap, silent=torch.arange(LENGTH) == 3)
+    whole = dense(view, visible)[..., past:].masked_fill((torch.arange(LENGTH) == 3)[:, None], 0.0)
+    rows, columns = torch.tensor([6, 3, 2]), torch.arange(LENGTH) % 2 == 0
+    total, largest = view.column_sums_and_peaks(rows)
+    mean = whole.mean(0)[rows]
+    assert (total - mean.sum(0)).abs().max() < 1e-5
+    assert (largest - mean.amax(0)).abs().max() < CLOSE
+    assert (view.mass(columns) - whole[..., columns].sum(-1)).abs().max() < CLOSE
+
+
 @pytest.mark.parametrize("elements", [1, 4 * (LENGTH + 3) * 2, 4 * (LENGTH + 3) * 3, 1 << 22])
 def test_blocks_of_any_size_give_the_same(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     view, visible = example(past=3, mask="bool")

@@ -70,7 +70,10 @@ with_keep = pytest.mark.parametrize(
     ("family", "info"), [(family, info) for family, info in PAIRS if "keep" in info.options], ids=case_id
 )
 
-POOLS_MAPS = {"pool2d", "downsample", "dpn"}
+POOLS_MAPS = {
+    *("pool2d", "downsample", "dpn"),
+    *("llava_mini_resampler", "m3_pool", "oryx_compressor", "pool_adapter", "tokenpacker", "uhd_resampler"),
+}
 """Methods that leave whole maps of tokens, whose sizes cannot make up every number."""
 NO_EFFECT = {("aki_mma", "paligemma")}
 """PaliGemma reads prompts in both directions as it is."""
@@ -100,7 +103,7 @@ def test_every_supported_model_type_is_tested() -> None:
 
 
 def test_methods_of_other_stages_have_a_battery_of_their_own() -> None:
-    assert {info.stage for info in mmfast.methods()} == {"before_llm", "in_llm", "cache", "decode"}
+    assert {info.stage for info in mmfast.methods()} == {"frames", "before_llm", "in_llm", "cache", "decode"}
 
 
 # ------------------------------------------------------------------------------ off means off

@@ -14,12 +14,14 @@ from mmfast.kv.base import Adjuster, Evictor, Forgetter, Packer, Retriever
 from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import SIGNALS, BeforeLLM, Method
 from mmfast.token_pruning.encoder_base import GROUPS
+from mmfast.token_pruning.frame_base import FrameSelector
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 from support.cases import case_id
 
 METHODS = mmfast.methods()
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {
+    "frames": FrameSelector,
     "before_llm": BeforeLLM,
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
     "eviction": (Evictor, Adjuster, Forgetter),
@@ -28,9 +30,15 @@ KINDS = {
     "drafters": Drafter,
 }
 """Folder -> what the methods in it are."""
-FUNCTIONS = {"hydragen", "kv_ragged_attention", "speculative"}
+FUNCTIONS = {"evaluation", "hydragen", "kv_ragged_attention", "speculative"}
 """Vectors of functions that are no methods."""
-FOLDERS = {"dycoke": "dycoke_ttm", "holitom": "holitom_outer", "prunevid_llm": "prunevid"}
+FOLDERS = {
+    "aks": "aks_frames",
+    "bolt": "bolt_frames",
+    "dycoke": "dycoke_ttm",
+    "holitom": "holitom_outer",
+    "prunevid_llm": "prunevid",
+}
 """Methods whose vectors lie in a folder of another name."""
 
 every = pytest.mark.parametrize("info", METHODS, ids=case_id)

@@ -7,7 +7,7 @@ import torch
 
 from mmfast.registry import get
 from mmfast.token_pruning.before_llm.v_cast import curvature, official_counts
-from mmfast.token_pruning.frames import fit_counts
+from mmfast.token_pruning.video import fit_counts
 from mmfast.tokens import Layout, VisualTokens
 
 # The course turns back at the fourth of six frames.

@@ -58,6 +58,10 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
 
 UNKNOWN_GRIDS: dict[str, str] = {
     "pool2d": "needs to know the grid",
+    "m3_pool": "needs to know the grid",
+    "oryx_compressor": "needs to know the grid",
+    "pool_adapter": "needs to know the grid",
+    "tokenpacker": "needs to know the grid",
 }
 """Method -> what it says of media whose grid is not known, when it meets them."""
 

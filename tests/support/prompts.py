@@ -11,7 +11,7 @@ from torch import Tensor
 from mmfast.tokens import Layout
 
 PAD, BOS, EOS = 0, 1, 2
-IMAGE, VIDEO, BEGIN, END, BREAK, TAG = 120, 121, 122, 123, 124, 125
+IMAGE, VIDEO, BEGIN, END, BREAK, TAG, VOCO = 120, 121, 122, 123, 124, 125, 126
 VOCABULARY = 128
 TEXT = range(10, 110)
 """Ids of text tokens; everything from ``IMAGE`` on is special."""

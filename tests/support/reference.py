@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.compression_base import Compressor
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 from mmfast.tokens import Keep, Layout, VisualTokens
 from support.families import Batch
-from support.prompts import IMAGE, VIDEO, Media, ids_of
+from support.prompts import IMAGE, VIDEO, VOCO, Media, ids_of
 from support.shrunken import acting, shrunken
 from support.stack import Passage, Stack, Turn, Work, additive
 from support.tower import Tower
@@ -332,6 +333,14 @@ class _Run:
         if not media:
             return
         text = own[~torch.isin(own, torch.cat(media))]
+        if isinstance(self.mask, Compressor):
+            marked = text[torch.tensor(self.batch.ids[0])[text] == VOCO]
+            for one in self.mask.hidden(media, text, marked):
+                # Tokens after the prompt have no slot of their own.
+                places = torch.cat([self.slots, self.length + torch.arange(len(self.given))])
+                for mask in visible.values():
+                    mask[(places >= one.start)[:, None] & torch.isin(places, one.places)] = False
+            return
         for rows, columns in self.mask.visible(media, text):
             seeing = torch.isin(self.slots, rows).nonzero().squeeze(-1)
             seen = torch.isin(self.slots, columns).nonzero().squeeze(-1)

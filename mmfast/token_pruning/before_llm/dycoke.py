@@ -12,8 +12,8 @@ from mmfast.budget import shares
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Selector, check_choice
 from mmfast.token_pruning.before_llm.uniform import uniform_subset
-from mmfast.token_pruning.frames import place_similarity, unrounded
 from mmfast.token_pruning.similarity import frame_places, highest_first, merged_keep
+from mmfast.token_pruning.video import place_similarity, unrounded
 from mmfast.tokens import Keep, VisualTokens
 
 GROUP = 4

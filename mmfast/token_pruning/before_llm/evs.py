@@ -13,8 +13,8 @@ from mmfast.budget import check_keep, shares, truncated_count
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Selector, check_choice, top_indices
 from mmfast.token_pruning.before_llm.uniform import uniform_subset
-from mmfast.token_pruning.frames import place_similarity, unrounded
 from mmfast.token_pruning.similarity import frame_places
+from mmfast.token_pruning.video import place_similarity, unrounded
 from mmfast.tokens import Layout, VisualTokens
 
 FIRST = 255.0

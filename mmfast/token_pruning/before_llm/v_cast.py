@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Selector, check_choice, top_indices
-from mmfast.token_pruning.frames import fit_counts
 from mmfast.token_pruning.similarity import frame_places, normalised
+from mmfast.token_pruning.video import fit_counts
 from mmfast.tokens import VisualTokens
 
 

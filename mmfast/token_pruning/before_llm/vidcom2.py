@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmfast.registry import register
 from mmfast.token_pruning.base import Compat, Selector, check_choice, top_indices
-from mmfast.token_pruning.frames import fit_counts
 from mmfast.token_pruning.similarity import frame_places, normalised
+from mmfast.token_pruning.video import fit_counts
 from mmfast.tokens import VisualTokens
 
 _TEMPERATURE = 0.01

@@ -87,13 +87,14 @@ class LlavaNextVideo(LlavaNext):
             image_grid_pinpoints=PINPOINTS,
         )
 
-    def video(self, seed: int = 0) -> Media:
-        layout = Layout.grid(SIDE // 2, SIDE // 2, frames=FRAMES, modality="video")
+    def video(self, seed: int = 0, frames: int | None = None) -> Media:
+        frames = frames or FRAMES
+        layout = Layout.grid(SIDE // 2, SIDE // 2, frames=frames, modality="video")
         return Media(
             "video",
             placeholders("video", len(layout)),
             (layout,),
-            {"pixel_values_videos": pixels(1, FRAMES, 3, TILE, TILE, seed=seed)},
+            {"pixel_values_videos": pixels(1, frames, 3, TILE, TILE, seed=seed)},
         )
 
 
@@ -112,13 +113,14 @@ class LlavaOnevision(LlavaNext):
             image_grid_pinpoints=PINPOINTS,
         )
 
-    def video(self, seed: int = 0) -> Media:
-        layout = Layout.grid(SIDE // 2, SIDE // 2, frames=FRAMES, modality="video").with_newline()
+    def video(self, seed: int = 0, frames: int | None = None) -> Media:
+        frames = frames or FRAMES
+        layout = Layout.grid(SIDE // 2, SIDE // 2, frames=frames, modality="video").with_newline()
         return Media(
             "video",
             placeholders("video", len(layout)),
             (layout,),
-            {"pixel_values_videos": pixels(1, FRAMES, 3, TILE, TILE, seed=seed)},
+            {"pixel_values_videos": pixels(1, frames, 3, TILE, TILE, seed=seed)},
         )
 
     def settle(self, row: Sequence[Piece]) -> list[Piece]:

@@ -77,8 +77,8 @@ class Family:
         """Return an image of one of the sizes."""
         raise NotImplementedError
 
-    def video(self, seed: int = 0) -> Media:
-        """Return a video."""
+    def video(self, seed: int = 0, frames: int | None = None) -> Media:
+        """Return a video; of how many frames (or temporal patches) can be said."""
         raise NotImplementedError
 
     def join(self, rows: Sequence[Sequence[Media]]) -> dict[str, Tensor]:

@@ -68,22 +68,23 @@ class VideoLlava(Family):
             {"pixel_values_images": pixels(1, 3, 4 * self.side, 4 * self.side, seed=seed)},
         )
 
-    def video(self, seed: int = 0) -> Media:
+    def video(self, seed: int = 0, frames: int | None = None) -> Media:
+        frames = frames or self.frames
         frame, count = Layout.grid(self.side, self.side), self.side**2 + 1
         cls = torch.tensor([-1])
         layout = Layout(
             "video",
-            torch.arange(self.frames).repeat_interleave(count),
-            torch.zeros(self.frames * count, dtype=torch.int64),
-            torch.cat([cls, frame.row]).repeat(self.frames),
-            torch.cat([cls, frame.col]).repeat(self.frames),
-            torch.zeros(self.frames * count, dtype=torch.bool),
+            torch.arange(frames).repeat_interleave(count),
+            torch.zeros(frames * count, dtype=torch.int64),
+            torch.cat([cls, frame.row]).repeat(frames),
+            torch.cat([cls, frame.col]).repeat(frames),
+            torch.zeros(frames * count, dtype=torch.bool),
             grid_known=False,
         )
-        shape = (1, self.frames, 3, 4 * self.side, 4 * self.side)
+        shape = (1, frames, 3, 4 * self.side, 4 * self.side)
         return Media(
             "video",
-            placeholders("video", self.frames * count),
+            placeholders("video", frames * count),
             (layout,),
             {"pixel_values_videos": pixels(*shape, seed=seed)},
         )

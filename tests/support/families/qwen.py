@@ -61,19 +61,20 @@ class QwenVL(Family):
             },
         )
 
-    def video(self, seed: int = 0) -> Media:
-        layout = Layout.grid(FRAME[0] // MERGE, FRAME[1] // MERGE, frames=FRAMES, modality="video")
+    def video(self, seed: int = 0, frames: int | None = None) -> Media:
+        frames = frames or FRAMES
+        layout = Layout.grid(FRAME[0] // MERGE, FRAME[1] // MERGE, frames=frames, modality="video")
         return Media(
             "video",
-            self.video_ids(len(layout)),
+            self.video_ids(len(layout), frames),
             (layout,),
             {
-                "pixel_values_videos": pixels(FRAMES * FRAME[0] * FRAME[1], 3 * TEMPORAL * PATCH**2, seed=seed),
-                "video_grid_thw": torch.tensor([[FRAMES, *FRAME]]),
+                "pixel_values_videos": pixels(frames * FRAME[0] * FRAME[1], 3 * TEMPORAL * PATCH**2, seed=seed),
+                "video_grid_thw": torch.tensor([[frames, *FRAME]]),
             },
         )
 
-    def video_ids(self, count: int) -> tuple[int, ...]:
+    def video_ids(self, count: int, frames: int) -> tuple[int, ...]:
         """Return the tokens of a video."""
         return (BEGIN, *placeholders("video", count), END)
 
@@ -124,8 +125,8 @@ class Qwen3VL(QwenVL):
             "deepstack_visual_indexes": [0, 1],
         }
 
-    def video_ids(self, count: int) -> tuple[int, ...]:
+    def video_ids(self, count: int, frames: int) -> tuple[int, ...]:
         ids: list[int] = []
-        for _ in range(FRAMES):
-            ids += [TAG, BEGIN, *placeholders("video", count // FRAMES), END]
+        for _ in range(frames):
+            ids += [TAG, BEGIN, *placeholders("video", count // frames), END]
         return tuple(ids)
