@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmfast.adapters.base import Adapter, families, family, for_model
     from mmfast.adapters.clip import load_clip
-    from mmfast.adapters.compression import CompressionTokens, add_compression_tokens
+    from mmfast.adapters.compression import CompressionTokens, add_compression_tokens, split_compressed
     from mmfast.adapters.environment import attention_backends, importable
     from mmfast.adapters.loading import load_pretrained
     from mmfast.adapters.prompting import prepare
@@ -28,6 +28,7 @@ _HOME = {
     "prepare": "prompting",
     "random_model": "random_models",
     "random_model_budgets": "random_models",
+    "split_compressed": "compression",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "prepare",
     "random_model",
     "random_model_budgets",
+    "split_compressed",
 ]
 
 

@@ -29,14 +29,28 @@ Operands = tuple[Tensor, Tensor, Any]
 """Keys, values and mask of an attention function."""
 
 
-class Listener(Protocol):
-    """Whoever wants to know what a module attends with, or to change it."""
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What a module attends to, worked out by a listener: its own attention function is not called.
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> Operands | None:
+    Attributes:
+        output: ``[B, H, Q, d]``.
+    """
+
+    output: Tensor
+
+
+class Listener(Protocol):
+    """Whoever wants to know what a module attends with, to change it, or to attend itself."""
+
+    def take(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> Operands | Attended | None:
         """Take what the attention function is about to be called with; its keywords are in ``options``.
 
         Returns:
-            Keys, values and mask to attend with instead, or None to leave them.
+            Keys, values and mask to attend with instead, the result of attending, or None to leave them. Listeners
+            that come later are told all the same, and see keys, values and mask as they were left.
         """
 
 
@@ -174,6 +188,11 @@ def watch(module: nn.Module, listener: Listener) -> Callable[[], None]:
     return end
 
 
+def watchers(module: nn.Module) -> int:
+    """Say how many listeners a module has."""
+    return len(_listeners.get(module, ()))
+
+
 def _make_tap(implementation: str) -> Callable[..., Any]:
     def tap(
         module: nn.Module,
@@ -184,13 +203,18 @@ def _make_tap(implementation: str) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        answer: Attended | None = None
         for listener in _listeners.get(module, ()):
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             options = {**kwargs, "is_causal": causal}
             changed = listener.take(query, key, value, attention_mask, options)
-            if changed is not None:
+            if isinstance(changed, Attended):
+                answer = changed
+            elif changed is not None:
                 key, value, attention_mask = changed
+        if answer is not None:
+            return answer.output.transpose(1, 2).contiguous(), None
         return _original(implementation, module)(module, query, key, value, attention_mask, *args, **kwargs)
 
     return tap

@@ -58,6 +58,7 @@ class Adapter:
         model_types: the ``config.model_type`` values served (set by :func:`family`).
         can_compact: positions may be renumbered; not so with multi-dimensional RoPE. See also ``slides``.
         masks_before_decoder: the family builds 4-D masks before it calls its decoder.
+        reads_both_ways: prompts are read in both directions, text included.
         no_layer_drops: why tokens cannot be dropped between layers; empty where they can.
         merges_in_encoder: patches become visual tokens one by one, so that the encoder may merge some of them.
         packs_patches: the vision encoder takes the patches of all images in one sequence, and their grids.
@@ -67,6 +68,7 @@ class Adapter:
     model_types: ClassVar[tuple[str, ...]] = ()
     can_compact: ClassVar[bool] = True
     masks_before_decoder: ClassVar[bool] = False
+    reads_both_ways: ClassVar[bool] = False
     no_layer_drops: ClassVar[str] = ""
     merges_in_encoder: ClassVar[bool] = False
     packs_patches: ClassVar[bool] = False
@@ -353,24 +355,20 @@ class Adapter:
 
         return Stream(self, evictor, budget)
 
-    def bind(
-        self, plan: Plan, *, replace: bool = False, clip: Any = None, reselect: bool = False, draft_model: Any = None
-    ) -> Binding:
+    def bind(self, plan: Plan, *, replace: bool = False, **options: Any) -> Binding:
         """Put a plan to work on the model.
 
         Args:
             plan: the plan.
             replace: take off a plan that is at work already.
-            clip: a :class:`mmfast.ClipTower` for methods that want one.
-            reselect: let a new question of a conversation choose anew.
-            draft_model: a smaller model, for drafters that want one.
+            options: further keywords of ``Binding``: ``clip``, ``reselect``, ``draft_model``, ``compile``.
 
         Raises:
             ValueError: if the model cannot do what the plan asks for; it is untouched then.
         """
         from mmfast.adapters.binding import Binding
 
-        return Binding(self, plan, replace=replace, clip=clip, reselect=reselect, draft_model=draft_model)
+        return Binding(self, plan, replace=replace, **options)
 
     def check(self) -> None:
         """Refuse models whose parts are not where they are expected.

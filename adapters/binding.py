@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,27 +18,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
-from mmfast.adapters.call import Block, Inner, Level, Outer, Prompt, compact_positions, stretched
-from mmfast.adapters.clip import ClipReader, ClipTower, check_clip
+from mmfast.adapters.call import Block, Inner, Level, Listener, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.clip import ClipTower, check_clip, clip_reader
 from mmfast.adapters.companion import companion_of
+from mmfast.adapters.compiled import CompiledLoop, refuse_uncompilable
+from mmfast.adapters.compression import settled_tokens
 from mmfast.adapters.drafting import DraftingRunner
 from mmfast.adapters.encoder import settled
 from mmfast.adapters.features import FeatureWatch
+from mmfast.adapters.frames import FrameRunner
 from mmfast.adapters.kv import CacheRunner
 from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
-from mmfast.adapters.mask_rules import rewritten
+from mmfast.adapters.mask_rules import with_rules
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack, tree_mask
-from mmfast.adapters.media import (
-    feature_source,
-    modalities,
-    placeholder_masks,
-    segments,
-    tagged,
-)
+from mmfast.adapters.media import feature_source, modalities, placeholder_masks, segments, tagged
+from mmfast.adapters.own_loop import OwnLoop
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
-from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible
+from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible, wished_positions
 from mmfast.adapters.static import fit_masks, readable_mask, refuse_packing, settle, take_over, watch_generate
 from mmfast.adapters.turns import Turns
 from mmfast.kv.base import CacheMethod
@@ -46,6 +44,7 @@ from mmfast.plan import Plan
 from mmfast.report import Report
 from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import BeforeLLM
+from mmfast.token_pruning.compression_base import Compressor
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
@@ -54,16 +53,6 @@ _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
 
 # Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
 _CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
-
-
-class Listener(Protocol):
-    """Who wants to know what enters the decoder, and what leaves it."""
-
-    def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
-        """Note the arguments of the decoder."""
-
-    def left(self, inner: Inner, output: Any) -> None:
-        """Note its output, before it is stretched to the length of the prompt."""
 
 
 class Binding:
@@ -76,6 +65,7 @@ class Binding:
         clip: a CLIP model, for methods that want one.
         reselect: let a new question choose anew where the plan reads questions.
         draft_model: a smaller model, for drafters that want one.
+        compile: run decode steps compiled.
 
     Raises:
         ValueError: if the model or its state cannot do what the plan needs, or has a plan already.
@@ -91,8 +81,9 @@ class Binding:
         clip: ClipTower | None = None,
         reselect: bool = False,
         draft_model: nn.Module | None = None,
+        compile: bool = False,
     ) -> None:
-        plan = settled(adapter, plan)
+        plan = settled_tokens(adapter, settled(adapter, plan))
         check_clip(adapter, plan, clip)
         self.clip = clip
         self.adapter = adapter
@@ -113,10 +104,13 @@ class Binding:
         self.recorder = Recorder(adapter, plan)
         self.turns = Turns(adapter, self.recorder) if reselect and plan.reads_question else None
         refuse_impossible(adapter, plan)
+        if compile:
+            refuse_uncompilable(adapter, plan)
         drafter: Drafter | None = only(plan, "decode", Drafter)
         companion = companion_of(adapter, drafter, draft_model)
         self.calibrates = calibrates(adapter, plan)
-        self.features = FeatureWatch(adapter, plan, self.before, self.recorder, self.turns, lambda: self.outer)
+        self.frames = FrameRunner(adapter, plan, clip, lambda: self.outer)
+        self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
         running = active_on(adapter.model)
         if running is not None:
             if not replace:
@@ -131,9 +125,13 @@ class Binding:
                 warnings.warn(f"method {inside.name!r}: {notice}", stacklevel=5)
         self.layers = LayerRunner(adapter, self.dropper, self.bypass, self.recorder)
         cuts = self.dropper is not None and bool(self.dropper.truncations(adapter.shape.layers))
+        cuts = cuts or isinstance(self.mask, Compressor)
         kept = tuple(method for method in plan.at("cache") if isinstance(method, CacheMethod))
         self.kv = CacheRunner(adapter, kept, self.recorder, late=cuts)
-        self.drafting = None if drafter is None else DraftingRunner(self, drafter, companion)
+        self.loop: OwnLoop | None = CompiledLoop(self) if compile else None
+        if drafter is not None:
+            self.loop = DraftingRunner(self, drafter, companion)
+            self.recorder.note_uncompiled(f"the rounds of {drafter.name!r} are not compiled", asked=compile)
         try:
             self._attach()
         except BaseException:
@@ -149,6 +147,11 @@ class Binding:
         """Undo every change to the model."""
         self._abandon()
         self.ledger.undo()
+
+    def go_on_from(self, before: Binding) -> None:
+        """Take over what the loop of the same plan has learnt or compiled before."""
+        if self.loop is not None and before.loop is not None:
+            self.loop.go_on_from(before.loop)
 
     def _abandon(self) -> None:
         """End a call that was broken off in a way that runs no hooks, such as Ctrl-C."""
@@ -177,8 +180,9 @@ class Binding:
         if self._reads_attention:
             implementation = self.adapter.text_config._attn_implementation
             register_tap(implementation, self.ledger)
-        if self.drafting is not None:
-            self.drafting.attach(self.ledger)
+        if self.loop is not None:
+            self.loop.attach(self.ledger)
+        self.frames.attach(self.ledger)
         if self.turns is not None:
             self.turns.attach(self.ledger)
         watch_generate(model, self.ledger)
@@ -188,7 +192,8 @@ class Binding:
     @property
     def _reads_attention(self) -> bool:
         """Whether the decoder has to attend through the tap in some call."""
-        if self.kv.reads_attention or (self.drafting is not None and self.drafting.drafter.reads_attention):
+        drafter: Drafter | None = only(self.plan, "decode", Drafter)
+        if self.kv.reads_attention or (drafter is not None and drafter.reads_attention):
             return True
         if self.dropper is not None and any(self.dropper.request(event) for event in self.events.values()):
             return True
@@ -285,15 +290,14 @@ class Binding:
         keep, embeddings = valid, embeds
         changed = False
         if visual:
-            if outer.untagged and (self.before or self.events):
+            if outer.untagged and (self.before or self.events or self.frames.selector):
                 raise ValueError(
                     f"precomputed {outer.untagged} features were not made while this plan was active, or the prompt is "
                     "prefilled in chunks (prefill_chunk_size): encode the media after accelerate() and prefill at once"
                 )
-            inner.segments = segments(visual, outer.layouts)
-            if self.before is not None:
-                clip = ClipReader(self.clip, outer.input_ids, valid) if self.clip and self.before.wants_clip else None
-                keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid, clip)
+            inner.segments, inner.input_ids = segments(visual, outer.layouts), outer.input_ids
+            clip = clip_reader(self.clip, self.before, outer.input_ids, valid)
+            keep, embeddings, changed = reduce_media(self.before, inner, embeds, valid, clip)
             number_candidates(inner, keep)
             inner.first_slots = valid.long().argmax(dim=1).tolist()
             if self.dropper is not None and length > 1:
@@ -379,15 +383,17 @@ class Binding:
             )
         kwargs["position_ids"] = inner.tables["positions"] = positions
         pairs = self.mask if inner.length > 1 and self._sees_media(inner) else None
-        if pairs is not None or self.calibrates:
-            kwargs["attention_mask"] = rewritten(
-                kwargs.get("attention_mask"),
+        # What else acts inside the language model works on masks.
+        alone = self.dropper is None and self.bypass is None
+        if self.calibrates or pairs is not None:
+            kwargs["attention_mask"] = with_rules(
+                self.adapter,
                 inner,
+                kwargs.get("attention_mask"),
                 embeds,
-                reference,
-                pairs=pairs,
-                frequencies=self.adapter.rotary_frequencies() if self.calibrates else None,
-                window=getattr(self.adapter.text_config, "sliding_window", None),
+                pairs,
+                calibrates=self.calibrates,
+                alone=alone,
             )
         if inner.block is not None and inner.block.sees is not None:
             stored = 0 if reference is None else reference.stored
@@ -450,7 +456,7 @@ class Binding:
         if level.whole:
             return positions
         gathered = gather_positions(positions, level.slots)
-        wanted = None if self.before is None else self.before.positions
+        wanted = wished_positions(self.plan)
         compact = wanted == "compact" or (wanted is None and can_compact(self.adapter))
         if not compact or gathered.ndim != 2:
             return gathered

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level, announcement
+from mmfast.adapters.kernel_attention import arm_shown
 from mmfast.adapters.masks import causal, gather_positions, gather_rows, hide
 from mmfast.adapters.reading import Reader, peek, switch_on_tap
 from mmfast.adapters.recorder import Recorder
@@ -127,8 +128,13 @@ class Bypasser:
         new: dict[str, Any],
     ) -> Tensor:
         if self.method.bypass == "freeze":
-            self._show_all(inner, index, level, layer, shown, new)
+            self._show_all(inner, index, layer, shown, new)
+            by_kernel = arm_shown(self.adapter, inner, index, level, step, hidden)
+            if not by_kernel:
+                new["attention_mask"] = _explicit(new.get("attention_mask"), level, shown, inner, index)
             self._narrow(new, step, narrower, level.length, rows_only=True)
+            if by_kernel:
+                new["attention_mask"] = None
             return gather_rows(hidden, step)
         inner.routed[index] = narrower
         if inner.cache is not None:
@@ -180,7 +186,6 @@ class Bypasser:
         self,
         inner: Inner,
         index: int,
-        level: Level,
         layer: nn.Module,
         shown: Tensor,
         new: dict[str, Any],
@@ -191,7 +196,6 @@ class Bypasser:
         capture, _ = peek(self.adapter, inner, index, layer, shown, new, request, last, with_past=False)
         if capture.key is None or capture.value is None:
             raise RuntimeError("the attention module ended without attending")
-        new["attention_mask"] = _explicit(new.get("attention_mask"), level, shown, inner, index)
         new["past_key_values"] = _AllShown(inner.cache, capture.key, capture.value)
 
     # ------------------------------------------------------------------- after
@@ -207,7 +211,7 @@ class Bypasser:
             if self.method.bypass == "attention":
                 return None
             states = output[0] if isinstance(output, tuple) else output
-            around = torch.where((skipped == 1.0)[..., None], hidden, hidden * skipped[..., None].to(hidden.dtype))
+            around = hidden * skipped[..., None].to(hidden.dtype)
             whole = _scatter(around, step, states, level.real)
             return (whole, *output[1:]) if isinstance(output, tuple) else whole
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -13,6 +14,7 @@ from mmfast.adapters.masks import gather_rows, pack
 from mmfast.adapters.media import Segment
 from mmfast.kv.cache import Announcement
 from mmfast.token_pruning.layers import LayerEvent
+from mmfast.token_pruning.weights import Lesson
 from mmfast.tokens import Layout
 
 
@@ -155,6 +157,7 @@ class Inner:
         length: tokens of this call as the user passed them, S.
         levels: layer index at which it begins -> level, ascending; 0 is the entrance.
         segments: per row, its images and videos.
+        input_ids: ``[B, S]`` token ids of a prompt that brings images or videos, where it has any.
         candidate: ``[B, S]`` bool, visual tokens that layers may drop.
         number: ``[B, S]`` int64, number of each candidate among those that entered.
         media: ``[B, S]`` int64, image or video each candidate belongs to.
@@ -178,11 +181,13 @@ class Inner:
         undo: callbacks that end the call.
         selection_marks: begin and end marks of selections.
         block: the drafted tokens, if the call verifies some.
+        lesson: what methods are to know of a call in training.
     """
 
     length: int
     levels: dict[int, Level]
     segments: list[list[Segment]] = field(default_factory=list)
+    input_ids: Tensor | None = None
     candidate: Tensor | None = None
     number: Tensor | None = None
     media: Tensor | None = None
@@ -207,6 +212,18 @@ class Inner:
     selection_marks: list[tuple[Any, Any]] = field(default_factory=list)
     tables: dict[Any, Any] = field(default_factory=dict)
     block: Block | None = None
+    lesson: Lesson | None = None
+
+    @property
+    def gates_learn(self) -> bool:
+        """Whether learned parts follow their training form in this call."""
+        return self.lesson is not None and self.lesson.gates
+
+    @property
+    def ends(self) -> int | Tensor | None:
+        """Place of the last prompt token, one for all rows or ``[B, 1]``, where more follows it in the same call."""
+        taught = None if self.lesson is None else self.lesson.ends
+        return self.prompt_end if taught is None else taught
 
     def level_at(self, layer: int) -> Level:
         """Return the level of the tokens that are alive at a layer."""
@@ -225,6 +242,16 @@ class Inner:
         if key not in self.tables:
             self.tables[key] = build()
         return self.tables[key]
+
+
+class Listener(Protocol):
+    """Who wants to know what enters the decoder, and what leaves it."""
+
+    def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
+        """Note the arguments of the decoder."""
+
+    def left(self, inner: Inner, output: Any) -> None:
+        """Note its output, before it is stretched to the length of the prompt."""
 
 
 def announcement(inner: Inner, index: int) -> Announcement:

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.media import Segment
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import BeforeLLM, VisionSignal
+from mmfast.token_pruning.frame_base import FrameSelector
 
 PATCHES = VisionSignal("patch_features")
 """What CLIP embeddings of visual tokens are made of."""
@@ -28,6 +30,13 @@ class ClipTower(Protocol):
     @property
     def width(self) -> int:
         """Channels of the patch features it projects."""
+
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether it can undo what the processor of the model did to pixels."""
+
+    def frame_embeds(self, pixels: Tensor) -> Tensor:
+        """Embed pictures ``[T, 3, H, W]``, normalised as the model reads them, as ``[T, E]``."""
 
     def text_embeds(self, input_ids: Tensor) -> Tensor:
         """Embed tokens ``[n]`` as ``[M, E]``."""
@@ -44,6 +53,8 @@ class ClipParts:
         words: turns text into tokens, without those for begin and end.
         encode: turns at most ``segment`` tokens into ``[1, E]``.
         project: turns patches ``[N, C]`` into ``[N, E]``.
+        see: turns pictures ``[T, 3, side, side]`` in the range 0..1 into ``[T, E]``.
+        side: pixels per side of a picture.
         segment: most tokens that the text encoder takes beside begin and end.
         width: C.
     """
@@ -51,6 +62,8 @@ class ClipParts:
     words: Callable[[str], list[int]]
     encode: Callable[[list[int]], Tensor]
     project: Callable[[Tensor], Tensor]
+    see: Callable[[Tensor], Tensor]
+    side: int
     segment: int
     width: int
 
@@ -90,9 +103,14 @@ def load_clip(
         embeds: Tensor = model.visual_projection(model.vision_model.post_layernorm(patches.to(place)))
         return embeds
 
-    return ClipParts(
-        words, encode, project, config.text_config.max_position_embeddings - 2, config.vision_config.hidden_size
-    )
+    def see(pictures: Tensor) -> Tensor:
+        pixels = normalised(pictures.to(place), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        embeds: Tensor = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        return embeds
+
+    vision = config.vision_config
+    segment = config.text_config.max_position_embeddings - 2
+    return ClipParts(words, encode, project, see, int(vision.image_size), segment, vision.hidden_size)
 
 
 def _weights(name: str, options: dict[str, Any]) -> Any:
@@ -140,7 +158,19 @@ def _open_clip(name: str, weights: str | Path | None, device: torch.device) -> C
         embeds: Tensor = visual.ln_post(patches.to(device)) @ visual.proj
         return embeds
 
-    return ClipParts(words, encode, project, model.context_length - 2, int(visual.proj.shape[0]))
+    def see(pictures: Tensor) -> Tensor:
+        embeds: Tensor = model.encode_image(normalised(pictures.to(device), visual.image_mean, visual.image_std))
+        return embeds
+
+    size = visual.image_size
+    side = int(size if isinstance(size, int) else size[0])
+    return ClipParts(words, encode, project, see, side, model.context_length - 2, int(visual.proj.shape[0]))
+
+
+def normalised(pictures: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Bring pictures ``[T, 3, H, W]`` in the range 0..1 to the mean and deviation a model was trained with."""
+    shift, scale = (torch.tensor(list(values), device=pictures.device)[:, None, None] for values in (mean, deviation))
+    return (pictures - shift) / scale
 
 
 # ------------------------------------------------------------------------------ at work in a plan
@@ -152,11 +182,17 @@ def check_clip(adapter: Adapter, plan: Plan, tower: ClipTower | None) -> None:
     Raises:
         ValueError: naming the method and what to do.
     """
-    method = _wanting(plan)
-    if method is None:
+    method, selector = _wanting(plan), _choosing(plan)
+    for needy in (selector, method):
+        if needy is not None and tower is None:
+            raise ValueError(f"method {needy.name!r} with relevance='clip' needs a CLIP model: {_HOW}")
+    if selector is not None and tower is not None and not tower.knows_pixels:
+        raise ValueError(
+            f"method {selector.name!r} shows frames to the CLIP model, which has to know how their pixels were "
+            "normalised: pass the processor of this model as tokenizer= of ClipTower.load"
+        )
+    if method is None or tower is None:
         return
-    if tower is None:
-        raise ValueError(f"method {method.name!r} with relevance='clip' needs a CLIP model: {_HOW}")
     for modality in ("image", "video"):
         if hasattr(adapter.base, f"get_{modality}_features"):
             config = adapter.tower(modality).config
@@ -176,6 +212,19 @@ def clip_signals(plan: Plan) -> list[VisionSignal]:
 def _wanting(plan: Plan) -> BeforeLLM | None:
     found = (method for method in plan.at("before_llm") if isinstance(method, BeforeLLM) and method.wants_clip)
     return next(found, None)
+
+
+def _choosing(plan: Plan) -> FrameSelector | None:
+    found = (method for method in plan.at("frames") if isinstance(method, FrameSelector) and method.wants_clip)
+    return next(found, None)
+
+
+def clip_reader(
+    tower: ClipTower | None, method: BeforeLLM | None, input_ids: Tensor | None, valid: Tensor
+) -> ClipReader | None:
+    """Return a reader of the prompts of one call if the method before the language model wants one."""
+    wants = tower is not None and method is not None and method.wants_clip
+    return ClipReader(tower, input_ids, valid) if tower is not None and wants else None
 
 
 class ClipReader:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from copy import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import wraps
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from mmfast.adapters.cache import is_logical
 from mmfast.adapters.companion import TextCompanion, VisionCompanion
 from mmfast.adapters.ledger import Ledger
+from mmfast.adapters.own_loop import OwnLoop
 from mmfast.adapters.rounds import ModelRounds
 from mmfast.adapters.sampler import AnswerSampler
 from mmfast.adapters.self_draft import VisualScores
@@ -34,7 +32,7 @@ _MARKS = ("image", "video", "audio", "vision_start", "vision_end", "boi", "eoi",
 """Beginnings of the names of config entries whose tokens stand for or enclose images."""
 
 
-class DraftingRunner:
+class DraftingRunner(OwnLoop):
     """Decode with the drafter of a plan.
 
     Args:
@@ -46,45 +44,35 @@ class DraftingRunner:
     def __init__(
         self, binding: Binding, drafter: Drafter, companion: VisionCompanion | TextCompanion | None = None
     ) -> None:
+        super().__init__(binding.adapter.model)
         self.binding, self.drafter, self.companion = binding, drafter, companion
         self.adapter = binding.adapter
         self.memory: dict[str, Any] = {}
         self._adaptive: dict[int, Adaptive] = {}
-        self._inputs: dict[str, Any] = {}
-        self._streamer: Any = None
 
     def attach(self, ledger: Ledger) -> None:
         """Wrap the model's ``generate``, and put the plan of a second model to work."""
         if self.companion is not None:
             self.companion.attach(ledger)
-        ledger.set_attribute(self.adapter.model, "generate", self._wrapped(self.adapter.model.generate))
+        super().attach(ledger)
 
-    def go_on_from(self, before: DraftingRunner) -> None:
+    def go_on_from(self, before: Any) -> None:
         """Take over what the same drafter has learnt before."""
         self.memory, self._adaptive = before.memory, before._adaptive
 
-    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            for name in ("custom_generate", "assistant_model"):
-                if kwargs.get(name) is not None:
-                    raise ValueError(
-                        f"{name} cannot be given to generate() while {self.drafter.name!r} drafts; leave it out, or "
-                        "remove() the plan"
-                    )
-            # transformers hands neither of these on to a loop that is not its own.
-            self._streamer = kwargs.get("streamer")
-            _take_stop_strings(kwargs)
-            self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-            ids = args[0] if args else self._inputs.pop("inputs", None)
-            if isinstance(ids, Tensor):
-                self._inputs["input_ids"] = ids
-            try:
-                return original(*args, custom_generate=self._decode, **kwargs)
-            finally:
-                self._inputs, self._streamer = {}, None
+    def takes(self, given: dict[str, Any]) -> bool:
+        """Decode every call here.
 
-        return generate
+        Raises:
+            ValueError: where the call brings a loop or a drafter of its own.
+        """
+        for name in ("custom_generate", "assistant_model"):
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"{name} cannot be given to generate() while {self.drafter.name!r} drafts; leave it out, or "
+                    "remove() the plan"
+                )
+        return True
 
     def _refuse(self, config: Any, cache: Any, processors: Any, rows: int) -> None:
         """Refuse what cannot be drafted for.
@@ -115,7 +103,7 @@ class DraftingRunner:
                     "pass one prompt at a time"
                 )
 
-    def _decode(
+    def decode(
         self,
         model: Any,
         input_ids: Tensor,
@@ -257,21 +245,6 @@ class DraftingRunner:
         if padding is not None and int(padding) not in stops:
             found.add(int(padding))
         return frozenset(found)
-
-
-def _take_stop_strings(kwargs: dict[str, Any]) -> None:
-    """Turn ``stop_strings`` and the tokenizer they need into a criterion."""
-    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
-    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
-    if tokenizer is None or strings is None:
-        # Without a tokenizer transformers says what is missing.
-        return
-    kwargs.pop("stop_strings", None)
-    if config is not None:
-        kwargs["generation_config"] = copy(config)
-        kwargs["generation_config"].stop_strings = None
-    criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
 
 
 def _state_of_chance(device: torch.device) -> int:

@@ -16,6 +16,7 @@ class PaliGemma(Adapter):
     """One square grid per image at the head of the prompt, attended to in both directions."""
 
     masks_before_decoder = True
+    reads_both_ways = True
     merges_in_encoder = True
 
     def patches_per_side(self, modality: str) -> int | None:

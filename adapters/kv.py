@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mmfast.adapters.attention import Capture, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
-from mmfast.adapters.kv_steps import Selecting, gather_memory, step_of
+from mmfast.adapters.kernel_attention import answer, arm_step, runs
+from mmfast.adapters.kv_steps import Selecting, Steps, gather_memory
 from mmfast.adapters.masks import gather_positions
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.reading import capture_attention, switch_on_tap
@@ -102,17 +103,32 @@ class CacheRunner:
                     self._capture(inner, index)
                 handle = layer.register_forward_hook(self._after_prompt(inner, index), with_kwargs=True)
                 inner.undo.append(handle.remove)
-        elif (inner.length == 1 or inner.block is not None) and (self._steps or self.retriever is not None):
-            acting = [(i, layer) for i, layer in self._layers(inner) if inner.cache.layers[i].prompts is not None]
-            if acting:
+        elif inner.length == 1 or inner.block is not None:
+            for index, layer in self._layers(inner):
+                self._arm_step(inner, index, layer)
+
+    def _arm_step(self, inner: Inner, index: int, layer: nn.Module) -> None:
+        """Prepare one layer for tokens that follow a prompt."""
+        selects = self.selects(inner, index)
+        if selects is not None:
+            selecting = Selecting(selects, inner, index, self.adapter.shape.layers)
+            if inner.block is None and runs("gather_decode", self.adapter, inner.cache.layers[index].keys):
+                answer(self.adapter, inner, index, selecting)
+            else:
                 switch_on_tap(self.adapter, inner)
-            for index, layer in acting:
-                if self.retriever is not None and index >= self.retriever.dense_layers:
-                    selecting = Selecting(self.retriever, inner, index, self.adapter.shape.layers)
-                    inner.undo.append(watch(self.adapter.attention(layer), selecting))
-                if self._steps:
-                    self._capture(inner, index)
-                    inner.undo.append(layer.register_forward_hook(self._after_step(inner, index)).remove)
+                inner.undo.append(watch(self.adapter.attention(layer), selecting))
+        elif inner.length == 1:
+            arm_step(self.adapter, inner, index)
+        if self._steps and inner.cache.layers[index].prompts is not None:
+            switch_on_tap(self.adapter, inner)
+            self._capture(inner, index)
+            inner.undo.append(layer.register_forward_hook(self._after_step(inner, index)).remove)
+
+    def selects(self, inner: Inner, index: int) -> Retriever | None:
+        """Return the method that chooses what tokens after a prompt read in a layer, if one does."""
+        cached = inner.cache.layers[index]
+        acts = self.retriever is not None and index >= self.retriever.dense_layers and not cached.is_sliding
+        return self.retriever if acts and cached.prompts is not None else None
 
     def _layers(self, inner: Inner) -> list[tuple[int, nn.Module]]:
         """Layers whose cache may change; what slides throws away by itself."""
@@ -369,19 +385,18 @@ class CacheRunner:
         def after(layer: nn.Module, args: Any, output: Any) -> None:
             evictor, cached = self.evictor, inner.cache.layers[index]
             capture = inner.tables.pop(("kv capture", index), None)
-            if evictor is None or capture is None or cached.prompts is None:
+            if evictor is None or capture is None or capture.query is None or cached.prompts is None:
                 return
             real = cached.real_entries()
             keep = real.clone()
             options = {"scaling": capture.scaling, "softcap": capture.softcap}
             depth = self.adapter.shape.layers
+            steps = Steps(cached, index, depth, capture.query, cached.keys, cached.values, options)
             with torch.no_grad():
                 for row, book in enumerate(cached.prompts):
                     if book is None:
                         continue
-                    places, step = step_of(
-                        cached, index, depth, row, capture.query, options, cached.keys, cached.values
-                    )
+                    places, step = steps.of(row)
                     stays = evictor.step(step)
                     if stays is not None:
                         keep[row][:, places] &= stays

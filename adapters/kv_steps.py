@@ -3,61 +3,139 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast.adapters.attention import Operands
+from mmfast.adapters.attention import Attended, Operands
 from mmfast.adapters.call import Block, Inner
+from mmfast.adapters.kernel_attention import answered, attend_marked
 from mmfast.adapters.masks import hide
 from mmfast.kv.base import Retriever
 from mmfast.kv.cache import PromptBook
 from mmfast.kv.entries import Step
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """A decode step in one layer, of which methods are shown one prompt at a time.
+
+    Attributes:
+        cached: the cache layer, its new entries among what it has stored.
+        index: of the layer.
+        depth: number of layers.
+        query: ``[B, H, q, d]``; q is more than 1 where tokens are drafted.
+        key: ``[B, G, P, d]`` everything stored.
+        value: ``[B, G, P, d]``.
+        options: keywords of the attention function.
+    """
+
+    cached: Any
+    index: int
+    depth: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: Mapping[str, Any]
+
+    def of(self, row: int) -> tuple[Tensor, Step]:
+        """Describe the step of one prompt.
+
+        Returns:
+            ``[n]`` int64 places of what the prompt has stored, and the step.
+        """
+        book = self.cached.prompts[row]
+        return self._seeing(row, self.query, self.cached.real_entries()[row], self.cached.seen - book.end, book.memory)
+
+    def drafted(self, row: int, token: int, block: Block) -> tuple[Tensor, Step]:
+        """Describe the step of one drafted token, as if those on its path had been generated one by one.
+
+        What the method remembers of it is the last of the trail of the prompt's book.
+
+        Returns:
+            As :meth:`of`.
+        """
+        book, past = self.cached.prompts[row], self.key.shape[2] - self.query.shape[2]
+        shown = self.cached.real_entries()[row].clone()
+        shown[:, past:] &= block.visible()[row, token]
+        added = int(block.lengths[row]) + int(block.depth[row, token]) + 1 - book.end
+        return self._seeing(row, self.query[:, :, token : token + 1], shown, added, book.trail[token])
+
+    def _seeing(
+        self, row: int, query: Tensor, real: Tensor, added: int, memory: dict[str, Tensor]
+    ) -> tuple[Tensor, Step]:
+        """Describe a step that sees the entries ``real`` ``[G, P]`` after ``added`` tokens since the prompt."""
+        keys, values = self.key[row], self.value[row]
+        places = real.any(dim=0).nonzero().squeeze(-1)
+        if places.numel() < keys.shape[1]:
+            keys, values, real = keys[:, places], values[:, places], real[:, places]
+        return places, Step(
+            keys,
+            values,
+            query[row],
+            self.cached.prompts[row].entries + added,
+            added,
+            self.index,
+            self.depth,
+            None if self.cached.heads is None else real,
+            self.options.get("scaling"),
+            self.options.get("softcap"),
+            memory,
+        )
+
+
 class Selecting:
-    """Let a decode step attend to what a method chooses."""
+    """Let a decode step attend to what a method chooses.
+
+    Args:
+        method: it.
+        inner: the call.
+        index: of the layer.
+        depth: number of layers.
+    """
 
     def __init__(self, method: Retriever, inner: Inner, index: int, depth: int) -> None:
         self.method, self.inner, self.index, self.depth = method, inner, index, depth
 
-    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> Operands | None:
-        """Choose row by row; where all rows and heads read equally much, gather it."""
+    def take(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
+    ) -> Operands | Attended | None:
+        """Choose row by row, and read that alone."""
         cached = self.inner.cache.layers[self.index]
         if cached.prompts is None:
             return None
+        steps = Steps(cached, self.index, self.depth, query, key, value, options)
         if self.inner.block is not None:
-            return self._take_block(self.inner.block, query, key, value, mask, options)
+            return self._take_block(self.inner.block, steps, mask)
         if query.shape[2] != 1:
             return None
-        heads = key.shape[1]
-        query_heads = query.shape[1]
-        real = cached.real_entries()
-        chosen = real.repeat_interleave(query_heads // heads, dim=1).clone()
-        changed = False
+        chosen = self._choose(steps)
+        if answered(self.inner, self.index):
+            kept = cached.real_entries() if chosen is None else chosen
+            return attend_marked(query, key, value, mask, options, kept=kept, bias=cached.bias)
+        return None if chosen is None else _narrowed(key, value, mask, chosen, weighted=cached.bias is not None)
+
+    def _choose(self, steps: Steps) -> Tensor | None:
+        """Return which entries each query head reads, bool ``[B, H, P]``; None where all read everything."""
+        query_heads, changed = steps.query.shape[1], False
+        chosen = steps.cached.real_entries().repeat_interleave(query_heads // steps.key.shape[1], dim=1).clone()
         with torch.no_grad():
-            for row, book in enumerate(cached.prompts):
+            for row, book in enumerate(steps.cached.prompts):
                 if book is None:
                     continue
-                places, step = step_of(cached, self.index, self.depth, row, query, options, key, value)
+                places, step = steps.of(row)
                 picked = self.method.choose(step)
-                if picked is None:
-                    continue
-                changed = True
-                picked = picked.clone() if picked.ndim == 2 else picked[None].clone()
-                picked[:, -1] = True
-                chosen[row][:, places] &= picked.repeat_interleave(query_heads // picked.shape[0], dim=0)
-        if not changed:
-            return None
-        return _narrowed(key, value, mask, chosen, weighted=cached.bias is not None)
+                if picked is not None:
+                    changed = True
+                    chosen[row][:, places] &= _by_query_head(picked, query_heads)
+        return chosen if changed else None
 
-    def _take_block(
-        self, block: Block, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
-    ) -> Operands | None:
+    def _take_block(self, block: Block, steps: Steps, mask: Any) -> Operands | None:
         """Choose for every drafted token as if those on its path had been generated one by one."""
-        cached = self.inner.cache.layers[self.index]
-        tokens, stored, query_heads = query.shape[2], key.shape[2], query.shape[1]
+        cached, key, value = steps.cached, steps.key, steps.value
+        tokens, stored, query_heads = steps.query.shape[2], key.shape[2], steps.query.shape[1]
         past = stored - tokens
         sees = block.visible()
         real = cached.real_entries()
@@ -76,21 +154,11 @@ class Selecting:
                     if not bool(real[row, :, past + token].any()):
                         # Padding of a row with a shorter draft.
                         continue
-                    shown = real[row].clone()
-                    shown[:, past:] &= sees[row, token]
-                    added = int(block.lengths[row]) + int(block.depth[row, token]) + 1 - book.end
-                    places, step = _step(
-                        cached, self.index, self.depth, row, query[:, :, token : token + 1], options, key, value,
-                        shown, added, book.trail[token],
-                    )  # fmt: skip
+                    places, step = steps.drafted(row, token, block)
                     picked = self.method.choose(step)
-                    if picked is None:
-                        continue
-                    changed = True
-                    picked = picked.clone() if picked.ndim == 2 else picked[None].clone()
-                    picked[:, -1] = True
-                    wide = picked.repeat_interleave(query_heads // picked.shape[0], dim=0)
-                    chosen[row, :, token, places] &= wide
+                    if picked is not None:
+                        changed = True
+                        chosen[row, :, token, places] &= _by_query_head(picked, query_heads)
         if not changed:
             return None
         if cached.bias is not None or (mask is not None and mask.ndim == 4):
@@ -99,57 +167,11 @@ class Selecting:
         return key, value, chosen
 
 
-def step_of(
-    cached: Any,
-    index: int,
-    depth: int,
-    row: int,
-    query: Tensor,
-    options: Mapping[str, Any],
-    key: Tensor,
-    value: Tensor,
-) -> tuple[Tensor, Step]:
-    """Describe one decode step of one prompt in one layer.
-
-    Returns:
-        ``[P]`` int64 places of what the prompt has stored, and the step.
-    """
-    book = cached.prompts[row]
-    real, added = cached.real_entries()[row], cached.seen - book.end
-    return _step(cached, index, depth, row, query, options, key, value, real, added, book.memory)
-
-
-def _step(
-    cached: Any,
-    index: int,
-    depth: int,
-    row: int,
-    query: Tensor,
-    options: Mapping[str, Any],
-    key: Tensor,
-    value: Tensor,
-    real: Tensor,
-    added: int,
-    memory: dict[str, Tensor],
-) -> tuple[Tensor, Step]:
-    """Describe a step that sees the entries ``real`` ``[G, P]`` after ``added`` tokens since the prompt."""
-    keys, values = key[row], value[row]
-    places = real.any(dim=0).nonzero().squeeze(-1)
-    if places.numel() < keys.shape[1]:
-        keys, values, real = keys[:, places], values[:, places], real[:, places]
-    return places, Step(
-        keys,
-        values,
-        query[row],
-        cached.prompts[row].entries + added,
-        added,
-        index,
-        depth,
-        None if cached.heads is None else real,
-        options.get("scaling"),
-        options.get("softcap"),
-        memory,
-    )
+def _by_query_head(picked: Tensor, query_heads: int) -> Tensor:
+    """Write out what a method chose for each query head, bool ``[H, P]``; the new entry is always read."""
+    picked = picked.clone() if picked.ndim == 2 else picked[None].clone()
+    picked[:, -1] = True
+    return picked.repeat_interleave(query_heads // picked.shape[0], dim=0)
 
 
 def _narrowed(key: Tensor, value: Tensor, mask: Any, chosen: Tensor, *, weighted: bool) -> Operands:

@@ -13,10 +13,14 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.bypass import Bypasser
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, announcement, compact_positions
+from mmfast.adapters.compression import forget_hidden
+from mmfast.adapters.kernel_attention import answered, arm_waiting
 from mmfast.adapters.masks import gather_positions, gather_rows, head_mask, layer_mask, pack
 from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
 from mmfast.adapters.recorder import Recorder
+from mmfast.adapters.teaching import hide_softly, refuse_unteachable
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerEvent
+from mmfast.token_pruning.weights import Learner, Lesson, MaskLearner
 
 
 class LayerRunner:
@@ -37,6 +41,21 @@ class LayerRunner:
         self.reader = None if dropper is None else Reader(adapter, dropper)
         self.bypasser = None if bypass is None else Bypasser(adapter, bypass, recorder)
         self.recorder = recorder
+        self.lesson: Lesson | None = None
+        """What methods are to know while the model is trained."""
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """Name -> method that has learned parts to train."""
+        inside = (self.dropper, self.bypasser and self.bypasser.method)
+        return {method.name: method for method in inside if method is not None and isinstance(method, Learner)}
+
+    def learned(self) -> nn.ModuleDict:
+        """Return the learned parts of the methods."""
+        shape, device = self.adapter.shape, next(self.adapter.decoder.parameters()).device
+        return nn.ModuleDict(
+            {name: method.learned(shape.hidden, shape.layers, device) for name, method in self.learners.items()}
+        )
 
     @property
     def bypassed(self) -> list[int]:
@@ -68,6 +87,9 @@ class LayerRunner:
 
     def arm(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
         """Hook the layers this call must touch; ``disarm`` takes the hooks off again."""
+        inner.lesson = self.lesson
+        if inner.gates_learn:
+            refuse_unteachable(self.adapter, inner)
         routed = self.bypasser.arm(inner) if self.bypasser is not None else []
         requests = {e.layer: self.dropper.request(e) for e in inner.events.values()} if self.dropper else {}
         ahead = {request.layer for request in requests.values() if request is not None and not request.rotary}
@@ -83,6 +105,8 @@ class LayerRunner:
             if index < len(inner.deepstack):
                 handle = layer.register_forward_hook(self._deepstack_hook(inner, index))
                 inner.undo.append(handle.remove)
+        if not inner.gates_learn:
+            arm_waiting(self.adapter, inner)
         if self.reader is not None:
             if any(requests.values()):
                 switch_on_tap(self.adapter, inner)
@@ -100,6 +124,7 @@ class LayerRunner:
 
     def truncate(self, inner: Inner) -> None:
         """Cut the caches of layers before an event down to its survivors, where the method wants that."""
+        forget_hidden(inner)
         if self.dropper is None or inner.cache is None or not inner.events:
             return
         done: set[int] = set()
@@ -195,38 +220,14 @@ class LayerRunner:
     ) -> None:
         """Put masks, positions and rotary tables of the level into the layer's arguments."""
         cached = inner.cache.layers[index] if inner.cache is not None else None
+        if answered(inner, index):
+            # Whoever attends knows from the books of the cache who sees what.
+            new["attention_mask"] = None
+        else:
+            new["attention_mask"] = self._mask(inner, index, level, hidden, given.get("attention_mask"))
         start = max(begin for begin in inner.levels if begin <= index)
         device = hidden.device
         entry = None if level.entry is None else level.entry.to(device)
-        mask = given.get("attention_mask")
-        key = (
-            "mask",
-            start,
-            id(mask),
-            device,
-            None if cached is None else (cached.history, cached.is_sliding),
-        )
-        window = getattr(cached, "sliding_window", None) if cached is not None and cached.is_sliding else None
-        own_mask = inner.remembered(
-            key,
-            lambda: layer_mask(
-                mask,
-                entry=entry,
-                real=None if level.real is None else level.real.to(device),
-                own=inner.levels[0].length,
-                batch=hidden.shape[0],
-                query=level.length,
-                device=device,
-                layer=cached,
-                query_slots=level.slots.to(device) + inner.seen,
-                window=window,
-            ),
-        )
-        if cached is not None and (cached.heads is not None or cached.bias is not None):
-            own_mask = head_mask(
-                own_mask, cached, query=level.length, query_heads=self.adapter.shape.heads, dtype=hidden.dtype
-            )
-        new["attention_mask"] = own_mask
         positions = given.get("position_ids")
         relative = None
         if cached is not None and inner.seen and not _counts_alike(cached, reference_layer(inner.cache)):
@@ -252,6 +253,38 @@ class LayerRunner:
             )
         self._hide_gaps(new, level)
 
+    def _mask(self, inner: Inner, index: int, level: Level, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Make the mask of one layer, given that of the decoder."""
+        cached = inner.cache.layers[index] if inner.cache is not None else None
+        start = max(begin for begin in inner.levels if begin <= index)
+        device = hidden.device
+        key = (
+            "mask",
+            start,
+            id(mask),
+            device,
+            None if cached is None else (cached.history, cached.is_sliding),
+        )
+        window = getattr(cached, "sliding_window", None) if cached is not None and cached.is_sliding else None
+        own_mask: Tensor | None = inner.remembered(
+            key,
+            lambda: layer_mask(
+                mask,
+                entry=None if level.entry is None else level.entry.to(device),
+                real=None if level.real is None else level.real.to(device),
+                own=inner.levels[0].length,
+                batch=hidden.shape[0],
+                query=level.length,
+                device=device,
+                layer=cached,
+                query_slots=level.slots.to(device) + inner.seen,
+                window=window,
+            ),
+        )
+        if cached is None or (cached.heads is None and cached.bias is None):
+            return own_mask
+        return head_mask(own_mask, cached, query=level.length, query_heads=self.adapter.shape.heads, dtype=hidden.dtype)
+
     def _hide_gaps(self, new: dict[str, Any], level: Level) -> None:
         if "flash" in self.adapter.text_config._attn_implementation and not level.whole:
             new["position_ids"] = None
@@ -273,6 +306,10 @@ class LayerRunner:
         begin = self.recorder.watch.mark()
         level = inner.level_at(index)
         reading = self.reader.read(inner, index, self.dropper.request(event), layer, hidden, new)
+        if inner.gates_learn and isinstance(self.dropper, MaskLearner):
+            prompts = self.reader.prompts(inner, level, hidden, reading)
+            hide_softly(self.adapter, inner, event, level, [(r, self.dropper.training_mask(t, event)) for r, _, t in prompts])
+            return None
         keep, states = self._choose(inner, level, event, hidden, reading)
         inner.selection_marks.append((begin, self.recorder.watch.mark()))
         if keep is None:
@@ -304,7 +341,7 @@ class LayerRunner:
         keep = torch.ones(batch, length, dtype=torch.bool) if level.real is None else level.real.cpu().clone()
         changed, states = False, hidden
         for row, places, tokens in self.reader.prompts(inner, level, hidden, reading):
-            with torch.no_grad():
+            with torch.set_grad_enabled(inner.gates_learn and torch.is_grad_enabled()):
                 chosen = self.dropper(tokens, event)
             if chosen is None:
                 continue

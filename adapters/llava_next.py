@@ -98,6 +98,8 @@ class LlavaNext(Adapter):
 class LlavaNextVideo(LlavaNext):
     """Images as in LLaVA-NeXT; each video frame is pooled to a square grid."""
 
+    signals = LlavaNext.signals | {"video_frames"}
+
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Divide each video evenly over its frames."""
         return video_grids(features, frames_per_video(arguments))

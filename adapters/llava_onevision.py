@@ -17,6 +17,8 @@ from mmfast.tokens import Layout
 class LlavaOnevision(LlavaNext):
     """As LLaVA-NeXT; its packing may also shrink the crops, which the coordinates survive."""
 
+    signals = LlavaNext.signals | {"video_frames"}
+
     def video_layouts(self, arguments: Mapping[str, Any], features: Sequence[Tensor]) -> list[Layout]:
         """Lay out frames pooled to half their side, rounded up, and the newline at the end of each video."""
         # Not from the number of features: transformers 5.17 adds the newline later.

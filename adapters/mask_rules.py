@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmfast.adapters.base import Adapter
+from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner
+from mmfast.adapters.compression import hide_compressed, hide_pairs
+from mmfast.adapters.kernel_attention import arm_pairs
+from mmfast.token_pruning.compression_base import Compressor
 from mmfast.token_pruning.layers import LayerMask
+
+
+def with_rules(
+    adapter: Adapter,
+    inner: Inner,
+    mask: Any,
+    embeds: Tensor,
+    pairs: LayerMask | None,
+    *,
+    calibrates: bool,
+    alone: bool,
+) -> Any:
+    """Let a kernel attend by what a method makes visible, where one can; else write that into the mask.
+
+    Args:
+        adapter: the adapter of the model.
+        inner: the call, with its first level.
+        mask: what the decoder would get.
+        embeds: ``[B, S, D]`` for device and dtype.
+        pairs: a method that makes further pairs of tokens visible.
+        calibrates: attention to merged tokens is weighed.
+        alone: nothing else acts inside the language model.
+
+    Returns:
+        The mask for the decoder, see :func:`rewritten`.
+    """
+    if isinstance(pairs, Compressor):
+        if not hide_compressed(adapter, inner, pairs, embeds) and not calibrates:
+            return mask
+    elif pairs is not None and alone and not calibrates and arm_pairs(adapter, inner, embeds, partial(pairs_of, pairs)):
+        return mask
+    return rewritten(
+        mask,
+        inner,
+        embeds,
+        None if inner.cache is None else reference_layer(inner.cache),
+        pairs=pairs,
+        frequencies=adapter.rotary_frequencies() if calibrates else None,
+        window=getattr(adapter.text_config, "sliding_window", None),
+    )
 
 
 def rewritten(
@@ -56,7 +102,9 @@ def rewritten(
     visible = _visible(mask, batch, length, stored, device)
     # The decoder sizes masks by the logical length; what is stored stands at the right.
     visible = visible[..., -(stored + length) :]
-    if pairs is not None:
+    if isinstance(pairs, Compressor):
+        hide_pairs(visible, inner)
+    elif pairs is not None:
         _add_pairs(visible, pairs, inner, window)
     bias = torch.zeros(visible.shape, dtype=torch.float32, device=device)
     if frequencies is not None:
@@ -78,25 +126,46 @@ def _visible(mask: Tensor | None, batch: int, length: int, stored: int, device: 
 
 def _add_pairs(visible: Tensor, method: LayerMask, inner: Inner, window: int | None) -> None:
     level = inner.levels[0]
-    length, device = level.length, visible.device
+    device = visible.device
     # The tokens of this call are the last columns, however many a layer stores.
-    stored = visible.shape[-1] - length
+    stored = visible.shape[-1] - level.length
     slots = level.slots.cpu()
-    for row, parts in enumerate(inner.segments):
-        real = torch.ones(length, dtype=torch.bool) if level.real is None else level.real[row].cpu()
-        place_of = torch.full((inner.length,), -1, dtype=torch.int64)
-        place_of[slots[row, real]] = real.nonzero().squeeze(-1)
-        media = [part.slots.cpu() for part in parts]
-        text = slots[row, real]
-        text = text[~torch.isin(text, torch.cat(media))] if media else text
-        for rows, columns in method.visible(media, text):
-            own_rows, own_columns = (places[places >= 0] for places in (place_of[rows], place_of[columns]))
+    for row, pairs in enumerate(pairs_of(method, inner)):
+        for own_rows, own_columns in pairs:
             allowed = torch.ones(own_rows.numel(), own_columns.numel(), dtype=torch.bool)
             if window is not None:
                 allowed = slots[row, own_columns][None, :] > slots[row, own_rows][:, None] - window
             seen = visible[row, 0]
             places = own_rows[:, None].to(device), stored + own_columns[None, :].to(device)
             seen[places] = seen[places] | allowed.to(device)
+
+
+def pairs_of(method: LayerMask, inner: Inner) -> list[list[tuple[Tensor, Tensor]]]:
+    """Ask a method, prompt by prompt, which tokens see each other besides what causality allows.
+
+    Args:
+        method: the method.
+        inner: the call, with its first level.
+
+    Returns:
+        Per row of the batch, int64 rows and columns among the tokens of the level, ascending.
+    """
+    level = inner.levels[0]
+    slots, found = level.slots.cpu(), []
+    for row, parts in enumerate(inner.segments):
+        real = torch.ones(level.length, dtype=torch.bool) if level.real is None else level.real[row].cpu()
+        place_of = torch.full((inner.length,), -1, dtype=torch.int64)
+        place_of[slots[row, real]] = real.nonzero().squeeze(-1)
+        media = [part.slots.cpu() for part in parts]
+        text = slots[row, real]
+        text = text[~torch.isin(text, torch.cat(media))] if media else text
+        pairs = method.visible(media, text)
+        found.append([(_there(place_of[rows]), _there(place_of[columns])) for rows, columns in pairs])
+    return found
+
+
+def _there(places: Tensor) -> Tensor:
+    return places[places >= 0]
 
 
 def _calibration(inner: Inner, reference: Any, frequencies: Tensor, device: torch.device) -> Tensor:

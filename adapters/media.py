@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,18 +23,40 @@ class Segment:
     Attributes:
         slots: ``[n]`` int64 places of its visual tokens in the padded prompt, ascending.
         layout: where each token lies.
-        signals: what was read of the vision encoder: ``[n]`` or ``[n, C]``, of class tokens ``[tiles, C]``.
+        signals: what was read of the vision encoder: ``[n]`` or ``[n, C]``, of class tokens ``[tiles, C]``; of the
+            encoded tokens alone.
         projections: for those of the signals that the projector turns into embeddings, how it does.
+        encoded: ``[n]`` bool, on the CPU, which tokens were encoded; None = all.
     """
 
     slots: Tensor
     layout: Layout
     signals: Mapping[VisionSignal, Tensor] = field(default_factory=dict)
     projections: Mapping[VisionSignal, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    encoded: Tensor | None = None
 
     def bare(self) -> Segment:
         """Leave out everything but the places."""
         return replace(self, signals={}, projections={})
+
+    def frames(self) -> tuple[int, Tensor | None]:
+        """Return how many frames a video has, 0 for an image, and the numbers of those that were encoded, if not all."""
+        frame = self.layout.frame
+        if self.layout.modality != "video":
+            return 0, None
+        count = int(frame[frame >= 0].unique().numel())
+        return count, None if self.encoded is None else frame[self.encoded & (frame >= 0)].unique()
+
+    def shown(self) -> Segment:
+        """Leave out what was not encoded; the frames that are left are numbered anew."""
+        if self.encoded is None:
+            return self
+        layout = self.layout.take(self.encoded)
+        belongs = layout.frame >= 0
+        frame = layout.frame.clone()
+        frame[belongs] = layout.frame[belongs].unique(return_inverse=True)[1]
+        layout = replace(layout, frame=frame)
+        return replace(self, slots=self.slots[self.encoded.to(self.slots.device)], layout=layout, encoded=None)
 
 
 class Described(list[Layout]):
@@ -43,16 +65,18 @@ class Described(list[Layout]):
     Attributes:
         signals: per layout, the tensors by what was asked for.
         projections: per layout, how its signals are projected, where that works token by token.
+        encoded: per layout, which of its tokens were encoded; None = all.
     """
 
     def __init__(self, layouts: Iterable[Layout] = ()) -> None:
         super().__init__(layouts)
         self.signals: list[dict[VisionSignal, Tensor]] = [{} for _ in self]
         self.projections: list[dict[VisionSignal, Callable[[Tensor], Tensor]]] = [{} for _ in self]
+        self.encoded: list[Tensor | None] = [None for _ in self]
 
     def segment(self, place: int, slots: Tensor) -> Segment:
         """Give the media at ``place`` the slots where it stands in a prompt."""
-        return Segment(slots, self[place], self.signals[place], self.projections[place])
+        return Segment(slots, self[place], self.signals[place], self.projections[place], self.encoded[place])
 
 
 def items_of(features: Any) -> list[Tensor]:
@@ -116,7 +140,7 @@ def segments(visual: dict[str, Tensor], layouts: dict[str, list[Layout]]) -> lis
         counts = places.sum(dim=1).tolist()
         known = layouts.get(modality, [])
         known = known if isinstance(known, Described) else Described(known)
-        for row, parts in enumerate(_assign(counts, known)):
+        for row, parts in enumerate(assigned(counts, known)):
             slots = places[row].nonzero().squeeze(-1)
             if parts is None:
                 found[row].extend(_runs(slots, modality))
@@ -128,8 +152,22 @@ def segments(visual: dict[str, Tensor], layouts: dict[str, list[Layout]]) -> lis
     return found
 
 
-def _assign(counts: Sequence[int], layouts: Sequence[Layout]) -> list[list[int] | None]:
-    """Hand the layouts out to the rows, by their places; None where they do not fit the number of placeholders."""
+def assigned(counts: Sequence[int], layouts: Sequence[Sized]) -> list[list[int] | None]:
+    """Hand images or videos out to the rows of a batch.
+
+    Rows that repeat a prompt share those of the first.
+
+    Args:
+        counts: placeholders of each row.
+        layouts: each as long as it has tokens, in the order of the placeholders.
+
+    Returns:
+        Per row, the places of its own; None where they do not fit the number of placeholders.
+
+    Example:
+        >>> assigned([3, 0, 2], [range(1), range(2), range(2)])
+        [[0, 1], [], [2]]
+    """
     total = sum(len(layout) for layout in layouts)
     repeats = sum(counts) // total if total and sum(counts) % total == 0 else 0
     if repeats == 0:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.cache import LogicalLayer
+from mmfast.kernels.quant_decode import Codes, quant_decode
 from mmfast.kv.base import Packed, Packer
 from mmfast.kv.cache import BOOKS
 from mmfast.kv.entries import Entries
+from mmfast.kv.quantised import Coded, Concatenated
 
 _LEAST = 8
 """Generated tokens are packed so many at a time: a block each would take longer to read than to attend to, and
@@ -34,6 +36,16 @@ class _Side:
 
     loose: Tensor
     blocks: list[Packed] = field(default_factory=list)
+    _codes: Codes | None = None
+
+    def codes(self) -> Codes | None:
+        """Return all blocks as codes, joined once; None where there are none, or they cannot be."""
+        if self._codes is None and self.blocks:
+            self._codes = Concatenated(self.blocks).readable()
+            if self._codes is not None and len(self.blocks) > 1:
+                # What was joined is not kept twice.
+                self.blocks = [Coded(self._codes)]
+        return self._codes
 
     def states(self) -> Tensor:
         """Return everything, ``[G, n, d]``."""
@@ -46,11 +58,12 @@ class _Side:
         if count:
             # A view would keep the whole alive.
             self.blocks.append(packer.pack(self.loose[:, :count], side, entries))
+            self._codes = None
             self.loose = self.loose[:, count:].clone()
 
     def copy(self) -> _Side:
         """Share the blocks, which never change, with another beam."""
-        return _Side(self.loose, list(self.blocks))
+        return _Side(self.loose, list(self.blocks), self._codes)
 
 
 _Row = dict[Literal["key", "value"], _Side]
@@ -63,7 +76,12 @@ class PackedLayer(LogicalLayer):
     Args:
         packer: how to pack.
         layer: the layer to take over, with everything it has stored.
+
+    Attributes:
+        waits: the next update only stores: whoever set this calls :meth:`attend` then.
     """
+
+    waits = False
 
     def __init__(self, packer: Packer, layer: LogicalLayer) -> None:
         self._rows: list[_Row] = []
@@ -145,6 +163,8 @@ class PackedLayer(LogicalLayer):
             for side, states in zip(_SIDES, (key_states, value_states), strict=True):
                 own = self._rows[row][side]
                 own.loose = torch.cat([own.loose, states[row][:, real]], dim=1)
+        if self.waits:
+            return key_states, value_states
         keys, values = self._whole("key"), self._whole("value")
         if keys is None or values is None:
             raise RuntimeError("a packed layer lost its rows")
@@ -159,6 +179,55 @@ class PackedLayer(LogicalLayer):
                 due = self.packer.due(own.loose.shape[1], side)
                 if due >= _LEAST:
                     own.pack(self.packer, due, side, None)
+
+    @property
+    def loose(self) -> Tensor:
+        """``[G, m, d]``, keys of the first row that are not packed."""
+        return self._rows[0]["key"].loose
+
+    def unreadable(self) -> str:
+        """Say why entries cannot be attended to as they are packed; empty where they can."""
+        sides = [side for row in self._rows for side in row.values()]
+        if all(side.codes() is not None for side in sides if side.blocks):
+            return ""
+        return f"method {self.packer.name!r} stores blocks in a form that attention cannot read"
+
+    def stop_waiting(self) -> None:
+        """Let updates return everything again."""
+        self.waits = False
+
+    def attend(
+        self, query: Tensor, seen: Tensor | None, bias: Tensor | None, scaling: float | None, softcap: float | None
+    ) -> Tensor:
+        """Attend from the newest token of each row, which is stored already, and pack what is due.
+
+        Args:
+            query: ``[B, H, 1, d]``.
+            seen: bool ``[B, S, P]``, which stored entries are seen; None = all that are real.
+            bias: float ``[B, S, P]``, added to the logits; None = nothing.
+            scaling: factor of the logits.
+            softcap: cap of the logits.
+
+        Returns:
+            ``[B, H, 1, d]``.
+        """
+        outputs = []
+        # Rows have packed different numbers of entries; they are stored without the padding between them.
+        for index, (row, columns) in enumerate(zip(self._rows, self._columns(len(self._rows)), strict=True)):
+            own, columns = slice(index, index + 1), columns.to(query.device)
+            whole = self.valid is None
+            marks, weights = (
+                one if one is None or whole else one[..., columns]
+                for one in (None if seen is None else seen[own], None if bias is None else bias[own])
+            )
+            key, value = row["key"], row["value"]
+            output, _ = quant_decode(
+                query[own], key.codes(), value.codes(), key.loose[None], value.loose[None],
+                visible=marks, bias=weights, scaling=scaling, softcap=softcap,
+            )  # fmt: skip
+            outputs.append(output)
+        self._pack_due()
+        return torch.cat(outputs)
 
     def keep_block(self, query: int, places: Tensor, real: Tensor | None) -> None:
         """Keep some of the last ``query`` tokens, and pack what is due then."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+from mmfast.adapters.compression import CompressionTokens, compression_tokens
 
 _IMAGE, _VIDEO = {"type": "image"}, {"type": "video"}
 
@@ -31,6 +33,7 @@ def prepare(
     *,
     fps: float = 1.0,
     frames_as_images: bool | None = None,
+    num_compressed: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
@@ -45,7 +48,9 @@ def prepare(
             for several, one such entry (or None) each. All frames of a clip have the same size.
         fps: how many of these frames show one second; models that know of time are told.
         frames_as_images: give frames as images, each after the text ``frame 3:``, instead of as a video.
-            None does so where the processor has no slot for video.
+            None does so where the processor has no slot for video, and where each frame gets compression tokens.
+        num_compressed: how many compression tokens stand behind each image or video, for processors that have them
+            (see :func:`mmfast.adapters.add_compression_tokens`); 0 writes none, None as many as the processor says.
         device: where to put the tensors; None leaves them on the CPU.
         dtype: floating type of the pixels; None keeps float32.
 
@@ -54,7 +59,8 @@ def prepare(
 
     Raises:
         ValueError: if there is no question, the numbers of questions and images differ, a question contains a
-            placeholder of the processor, a picture is malformed, or a video cannot be given as one.
+            placeholder of the processor, a picture is malformed, a video cannot be given as one, or compression
+            tokens are asked for that the processor does not have.
         TypeError: for images of another type.
 
     Example:
@@ -67,8 +73,9 @@ def prepare(
     """
     questions, batches, clips = _batch(question, images, video_frames)
     has_video_slot = getattr(processor, "video_processor", None) is not None
+    compression = _compression(processor, num_compressed)
     if frames_as_images is None:
-        frames_as_images = not has_video_slot
+        frames_as_images = not has_video_slot or compression is not None
     elif not frames_as_images and not has_video_slot:
         raise ValueError(
             f"frames_as_images=False needs a processor with a slot for video, which {type(processor).__name__} lacks."
@@ -80,6 +87,9 @@ def prepare(
         for text, shown, frames in zip(questions, batches, clips, strict=True)
     ]
     texts = [_render(processor, prompt.content) for prompt in prompts]
+    if compression is not None:
+        counts = [len(prompt.images) + len(prompt.videos) for prompt in prompts]
+        texts = [_marked(processor, text, compression, count) for text, count in zip(texts, counts, strict=True)]
     inputs = processor(text=texts, **_media(prompts, fps), **_text_options(processor, texts))
     place = "cpu" if device is None else device
     return inputs.to(place) if dtype is None else inputs.to(place, dtype=dtype)
@@ -107,7 +117,9 @@ def _batch(question: str | Sequence[str], images: Any, clips: Any) -> tuple[list
 def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_images: bool) -> _Prompt:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a text that is not empty, got {question!r}.")
-    for token in (getattr(processor, "image_token", None), getattr(processor, "video_token", None)):
+    known = compression_tokens(processor)
+    marks = () if known is None else (known.token,)
+    for token in (getattr(processor, "image_token", None), getattr(processor, "video_token", None), *marks):
         if isinstance(token, str) and token in question:
             raise ValueError(f"question must not contain the placeholder {token!r}, got {question!r}.")
     content: list[dict[str, str]] = []
@@ -167,6 +179,36 @@ def _render(processor: Any, content: list[dict[str, str]]) -> str:
     # Base models have no template: placeholders first, as in the examples of their model cards.
     tokens = {"image": getattr(processor, "image_token", ""), "video": getattr(processor, "video_token", "")}
     return "".join(part["text"] if part["type"] == "text" else f"{tokens[part['type']]}\n" for part in content)
+
+
+def _compression(processor: Any, count: int | None) -> CompressionTokens | None:
+    """Say which compression tokens are written, if any."""
+    known = compression_tokens(processor)
+    if count is not None and (isinstance(count, bool) or count < 0 or (count and known is None)):
+        raise ValueError(
+            f"num_compressed={count!r} must be an int of at least 0, and more only for processors with compression "
+            "tokens: mmfast.adapters.add_compression_tokens adds them"
+        )
+    if known is None or count == 0:
+        return None
+    return known if count is None else replace(known, tokens=count)
+
+
+def _marked(processor: Any, text: str, compression: CompressionTokens, media: int) -> str:
+    """Write the compression tokens behind each image and video of a prompt."""
+    # Where the processor wraps images by itself, its template writes what opens the wrapping.
+    opening = getattr(processor, "boi_token", None)
+    places = [opening] if opening and opening in text else []
+    places = places or [getattr(processor, "image_token", None), getattr(processor, "video_token", None)]
+    found = [token for token in dict.fromkeys(places) if token and token in text]
+    if sum(text.count(token) for token in found) != media:
+        raise ValueError(
+            f"compression tokens cannot be written behind the {media} images and videos of a prompt, because the "
+            f"template of {type(processor).__name__} does not write one placeholder for each; write the prompt by hand"
+        )
+    for token in found:
+        text = text.replace(token, token + compression.token * compression.tokens)
+    return text
 
 
 def _media(prompts: Sequence[_Prompt], fps: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class QwenVL(Adapter):
 
     can_compact = False
     packs_patches = True
+    signals = Adapter.signals | {"video_frames"}
 
     def patches_per_side(self, modality: str) -> int | None:
         """Squares of patches are merged."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapters.attention import Capture, CaptureDone, tap_name, watch
+from mmfast.adapters.attention import Capture, CaptureDone, register_tap, tap_name, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.adapters.ledger import Ledger
@@ -41,11 +41,11 @@ def switch_on_tap(adapter: Adapter, inner: Inner) -> None:
     before = config._attn_implementation_internal
     if before.startswith(tap_name("")):
         return
-
-    def switch_off() -> None:
-        config._attn_implementation_internal = before
-
-    inner.undo.append(switch_off)
+    ledger = Ledger()
+    # Who may do without the tap does not ask for it before the first call that has a use for it.
+    register_tap(config._attn_implementation, ledger)
+    ledger.enter(lambda: setattr(config, "_attn_implementation_internal", before))
+    inner.undo.append(ledger.undo)
     config._attn_implementation_internal = tap_name(config._attn_implementation)
 
 
@@ -129,7 +129,7 @@ class Reader:
     def _last(self, inner: Inner, request: LayerRequest) -> Tensor | None:
         if request.queries != "last":
             return None
-        return last_rows(inner.level_at(request.layer), inner.prompt_end)
+        return last_rows(inner.level_at(request.layer), inner.ends)
 
     # -------------------------------------------------------------- collecting
 
@@ -149,7 +149,7 @@ class Reader:
         elif request is not None:
             last = self._last(inner, request)
             found.capture, found.projected = peek(self.adapter, inner, index, layer, hidden, new, request, last)
-        with torch.no_grad():
+        with torch.set_grad_enabled(inner.gates_learn and torch.is_grad_enabled()):
             if "final_norm" in self.method.needs:
                 found.normed = self.adapter.final_norm(hidden)
             elif "layer_norm" in self.method.needs:
@@ -175,7 +175,9 @@ class Reader:
         slots = level.slots.cpu()
         real = torch.ones(batch, length, dtype=torch.bool) if level.real is None else level.real.cpu()
         device = hidden.device
-        ends = last_rows(level, inner.prompt_end).tolist()
+        ends = last_rows(level, inner.ends).tolist()
+        lesson = inner.lesson if inner.gates_learn else None
+        answers = None if lesson is None else lesson.answers
         for row in range(batch):
             totals = inner.media_totals[row] if inner.media_totals else ()
             if not sum(totals):
@@ -188,7 +190,7 @@ class Reader:
                 candidate = torch.ones_like(candidate)
             candidates = candidate.nonzero().squeeze(-1)
             places = own_slots[candidates]
-            pick = _picker(row, None if whole else alive.to(device))
+            pick = _picker(row, None if whole else alive.to(device), attached=lesson is not None)
             yield (
                 row,
                 alive[candidates],
@@ -211,13 +213,16 @@ class Reader:
                         for name, value in slot_signals(inner.segments[row], places, self.method).items()
                     },
                     memory=inner.memory[row],
+                    lesson=lesson,
+                    answers=None if answers is None else answers[row, own_slots.to(answers.device)].to(device),
                 ),
             )
 
 
-def _picker(row: int, alive: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _picker(row: int, alive: Tensor | None, *, attached: bool = False) -> Callable[[Tensor], Tensor]:
     def pick(states: Tensor) -> Tensor:
-        return states[row].detach() if alive is None else states[row, alive].detach()
+        own = states[row] if alive is None else states[row, alive]
+        return own if attached else own.detach()
 
     return pick
 
@@ -360,10 +365,11 @@ def book(book: Tensor | None) -> Tensor:
     return book
 
 
-def last_rows(level: Level, prompt_end: int | None) -> Tensor:
-    """Place of the last real token of each row, or of the last one at or before ``prompt_end``."""
+def last_rows(level: Level, prompt_end: int | Tensor | None) -> Tensor:
+    """Place of the last real token of each row, or of the last one at or before ``prompt_end`` (``[B, 1]`` or one)."""
     real = torch.ones_like(level.slots, dtype=torch.bool) if level.real is None else level.real
     if prompt_end is not None:
-        real = real & (level.slots <= prompt_end)
+        end = prompt_end.to(level.slots.device) if isinstance(prompt_end, Tensor) else prompt_end
+        real = real & (level.slots <= end)
     places = torch.arange(level.length, device=level.slots.device)
     return (places * real).argmax(dim=1)

@@ -11,7 +11,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.kv.cache import LogicalLength
 from mmfast.plan import Plan
-from mmfast.report import Drafting, LayerWork, MediaRecord, Report, Stopwatch, peak_memory
+from mmfast.report import Compilation, Drafting, LayerWork, MediaRecord, Report, Stopwatch, peak_memory
 
 
 class Recorder:
@@ -40,6 +40,7 @@ class Recorder:
         self._kv_bytes = 0
         self._reread = self.reread = 0
         self.drafting: Drafting | None = None
+        self.compilation: Compilation | None = None
 
     def add_vision(self, begin: Any, end: Any) -> None:
         """Book one run of the vision tower."""
@@ -64,6 +65,16 @@ class Recorder:
         """Start a forward pass that continues a prompt."""
         if self._begin is None:
             self.steps += 1
+
+    def note_uncompiled(self, reason: str, *, asked: bool = True) -> None:
+        """Book why decode steps do not run compiled, where that was asked for."""
+        self.compilation = Compilation(reason) if asked else None
+
+    def note_steps(self, count: int) -> None:
+        """Book forward passes that continued a prompt and have just ended, without a call of the outer model."""
+        self.steps += count
+        if count and self._prefill is not None:
+            self._last_step = self.watch.mark()
 
     def end_call(self, *, prefill: bool, cache: Any) -> None:
         """End a forward pass of the outer model, which left this cache behind."""
@@ -99,7 +110,7 @@ class Recorder:
         report = Report(
             self.plan.to_text(), type(self.adapter.model).__name__, self.adapter.shape, device=self.device.type
         )
-        report.drafting = self.drafting
+        report.drafting, report.compilation = self.drafting, self.compilation
         if self._inner is None or not self._levels:
             report.note = "no prompt with images or videos has been run yet"
             return report
@@ -120,6 +131,8 @@ class Recorder:
                         entered,
                         left,
                         part.layout,
+                        *part.frames(),
+                        layers_alive=_layers_alive(self._levels, row, slots),
                     )
                 )
         report.work = [list(layers) for layers in zip(*self._work, strict=True)]
@@ -143,6 +156,8 @@ class Recorder:
             prefill = max(0.0, self.watch.seconds(*self._prefill) - inside - selection)
             if self._last_step is not None:
                 decode = self.watch.seconds(self._prefill[1], self._last_step)
+                if self.compilation is not None:
+                    decode = max(0.0, decode - self.compilation.seconds)
         return {"vision": sum(vision), "selection": selection, "prefill": prefill, "decode": decode}
 
 
@@ -153,6 +168,16 @@ def _work(inner: Inner, layer: int) -> list[LayerWork]:
     shown = inner.reads_at(layer).counts()
     fed = alive if layer in inner.fed else attending
     return [LayerWork(*counts) for counts in zip(attending, shown, fed, strict=True)]
+
+
+def _layers_alive(levels: list[Level], row: int, slots: Tensor) -> Tensor:
+    """Count, for each slot of one image or video, the layers that had it at hand."""
+    alive = torch.zeros(slots.shape, dtype=torch.long)
+    # Many layers share one level: it is looked up once.
+    for level in {id(level): level for level in levels}.values():
+        here = sum(other is level for other in levels)
+        alive += here * torch.isin(slots, _real_slots(level, row))
+    return alive
 
 
 def _real_slots(level: Level, row: int) -> Tensor:

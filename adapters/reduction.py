@@ -15,12 +15,12 @@ from mmfast.tokens import Keep, Layout, VisualTokens
 
 
 def reduce_media(
-    method: BeforeLLM, inner: Inner, embeds: Tensor, valid: Tensor, clip: ClipReader | None = None
+    method: BeforeLLM | None, inner: Inner, embeds: Tensor, valid: Tensor, clip: ClipReader | None = None
 ) -> tuple[Tensor, Tensor, bool]:
-    """Ask a method about each image and video.
+    """Ask a method about each image and video, and leave out what was not encoded.
 
     Args:
-        method: the method of the stage.
+        method: the method of the stage; None drops nothing of what was encoded.
         inner: the call, with its segments.
         embeds: ``[B, S, D]`` embeddings, visual features in place.
         valid: ``[B, S]`` bool, False for padding.
@@ -31,28 +31,21 @@ def reduce_media(
         anything was dropped or merged.
     """
     keep, embeddings, changed = valid.clone(), embeds, False
-    wanted = method.vision_signals()
     for row, parts in enumerate(inner.segments):
-        text = _text(method, embeds, valid, inner, row)
+        text = {} if method is None else _text(method, embeds, valid, inner, row)
         if clip is not None:
             text.update(clip.text(row, parts))
-        for index, part in enumerate(parts):
+        for index, whole in enumerate(parts):
+            part = whole.shown()
             slots = part.slots.to(embeds.device)
-            merging = isinstance(method, Merger)
-            features = embeds[row, slots] if merging else embeds[row, slots].detach()
-            signals = {**text, **_vision(method, part, embeds.device, detach=not merging)}
-            if clip is not None:
-                signals.update(clip.image(part))
-            projectable = wanted.get("patch_features") in part.projections
-            with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
-                decision = method(VisualTokens(features, part.layout, index, signals, projectable))
-                if decision is not None and decision.space == "vision":
-                    decision = _projected(method, part, decision)
-            if decision is None:
+            decision = None if method is None else _decision(method, index, part, embeds[row, slots], text, clip)
+            if decision is None and part is whole:
                 continue
             changed = True
-            keep[row, slots] = False
-            keep[row, slots[decision.indices]] = True
+            keep[row, whole.slots.to(embeds.device)] = False
+            keep[row, slots if decision is None else slots[decision.indices]] = True
+            if decision is None:
+                continue
             if decision.features is not None:
                 embeddings = _overwrite(embeddings, row, slots, decision)
             if decision.sizes is not None:
@@ -60,6 +53,32 @@ def reduce_media(
                     inner.sizes = torch.ones(valid.shape, device=embeds.device)
                 inner.sizes[row, slots[decision.indices]] = decision.sizes.to(embeds.device)
     return keep, embeddings, changed
+
+
+def _decision(
+    method: BeforeLLM, index: int, part: Segment, features: Tensor, text: dict[str, Tensor], clip: ClipReader | None
+) -> Keep | None:
+    """Ask a method about one image or video.
+
+    Args:
+        method: the method.
+        index: which one of its prompt this is.
+        part: the image or video.
+        features: ``[n, D]`` its embeddings.
+        text: signals of the prompt.
+        clip: what a CLIP model says, for methods that want it.
+    """
+    merging = isinstance(method, Merger)
+    features = features if merging else features.detach()
+    signals = {**text, **_vision(method, part, features.device, detach=not merging)}
+    if clip is not None:
+        signals.update(clip.image(part))
+    projectable = method.vision_signals().get("patch_features") in part.projections
+    with torch.set_grad_enabled(merging and torch.is_grad_enabled()):
+        decision = method(VisualTokens(features, part.layout, index, signals, projectable))
+        if decision is not None and decision.space == "vision":
+            decision = _projected(method, part, decision)
+    return decision
 
 
 def number_candidates(inner: Inner, keep: Tensor) -> None:
@@ -160,7 +179,7 @@ def slot_signals(parts: list[Segment], slots: Tensor, method: Method) -> dict[st
         ValueError: if it was not read when the media were encoded.
     """
     found: dict[str, Tensor] = {}
-    for part in parts:
+    for part in (whole.shown() for whole in parts):
         own = part.slots.cpu()
         # Slots of a part ascend, so a binary search finds the place of each.
         places = torch.searchsorted(own, slots).clamp_max(len(own) - 1)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from mmfast.adapters.base import Adapter
+from mmfast.adapters.frames import check_frames
 from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
 from mmfast.kv.base import Adjuster, CacheMethod, Evictor, Forgetter, Packer, Retriever
 from mmfast.plan import Plan
 from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import BeforeLLM, Method
+from mmfast.token_pruning.frame_base import FrameSelector
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 _KINDS: dict[str, tuple[type, ...]] = {
+    "frames": (FrameSelector,),
     "before_llm": (BeforeLLM,),
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
     "cache": (Evictor, Adjuster, Retriever, Packer, Forgetter),
@@ -29,6 +32,12 @@ def only(plan: Plan, stage: str, kind: type) -> Any:
 def can_compact(adapter: Adapter) -> bool:
     """Say whether positions may be renumbered."""
     return adapter.can_compact and not adapter.slides
+
+
+def wished_positions(plan: Plan) -> str | None:
+    """Say which position policy a plan asks for by name; the method before the language model has the last word."""
+    methods = (*plan.at("before_llm"), *plan.at("frames"))
+    return next((policy for policy in (getattr(method, "positions", None) for method in methods) if policy), None)
 
 
 def calibrates(adapter: Adapter, plan: Plan) -> bool:
@@ -60,6 +69,7 @@ def refuse_impossible(adapter: Adapter, plan: Plan) -> None:
     Raises:
         ValueError: naming the method, what the model lacks, and what to do.
     """
+    check_frames(adapter, plan)
     check_resizing(adapter, plan)
     for method in plan.methods:
         _check_kind(method)

@@ -44,6 +44,16 @@ _OF_GRIDS = (
 )
 
 
+def is_of_grids(name: str) -> bool:
+    """Say whether an argument of an encoding call was worked out from the grids of all its images or frames.
+
+    Example:
+        >>> is_of_grids("video_cu_seqlens"), is_of_grids("video_grid_thw")
+        (True, False)
+    """
+    return name.removeprefix("image_").removeprefix("video_") in _OF_GRIDS
+
+
 def check_resizing(adapter: Adapter, plan: Plan) -> None:
     """Refuse models whose encoder cannot be shown smaller pictures.
 

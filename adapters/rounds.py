@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.call import Block, Inner
+from mmfast.adapters.kernel_attention import arm_block
 from mmfast.adapters.masks import gather_positions
 from mmfast.adapters.self_draft import SelfDraft, VisualScores
 from mmfast.speculative.base import Draft, Prefill
@@ -102,12 +103,22 @@ class ModelRounds:
     # ------------------------------------------------------------------ listening
 
     def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:
-        """Note where the next token stands."""
-        if inner.block is None:
+        """Note where the next token stands, and let kernels attend from drafted ones where they can."""
+        if inner.block is not None:
+            self._arm_block(inner, inner.block)
+        else:
             asked = inner.tables["asked positions"]
             self.read = _Read(inner, kwargs["inputs_embeds"], kwargs["position_ids"], asked)
             if self.scores is not None:
                 self.scores.arm(inner)
+
+    def _arm_block(self, inner: Inner, block: Block) -> None:
+        # Weights of merged tokens depend on who looks, and a single token sees no tree.
+        if inner.length == 1 or self.binding.calibrates:
+            return
+        for index in range(self.binding.adapter.shape.layers):
+            if self.binding.kv.selects(inner, index) is None:
+                arm_block(self.binding.adapter, inner, block, index)
 
     def left(self, inner: Inner, output: Any) -> None:
         """Note the last hidden states."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,11 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.ledger import Ledger
+from mmfast.kernels.rerotate import rerotate
 from mmfast.kv.cache import LogicalLength
 from mmfast.kv.shared_prefix import shared_prefix_attention
 
 _NAME = "mmfast_shared_prefix"
-_BOOKS = ("slots", "heads", "bias")
+_BOOKS = ("slots", "heads", "bias", "positions")
 _states: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
 _users = 0
 
@@ -39,6 +40,8 @@ class PrefixLayer:
         slots: ``[P]`` int64, place of each entry in the prompt.
         heads: bool ``[G, P]``, entries that exist in each head; None = all.
         bias: float32 ``[G, P]``, added to the logits; None = nothing.
+        positions: ``[P]`` int64, the position id each key was rotated to; -1 where it has several dimensions that
+            differ, None = not known.
         window: sliding window in places, or None.
     """
 
@@ -47,6 +50,7 @@ class PrefixLayer:
     slots: Tensor
     heads: Tensor | None = None
     bias: Tensor | None = None
+    positions: Tensor | None = None
     window: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -248,12 +252,54 @@ class Contexts:
             layers.append(PrefixLayer(**own, window=window))
         return SharedPrefix(self.adapter, layers, seen, start)
 
+    def joined(self, prefixes: Sequence[SharedPrefix]) -> SharedPrefix:
+        """Put prefixes one after the other, as if they had been read at consecutive positions.
+
+        Raises:
+            ValueError: if keys of one of them cannot be turned to other positions.
+        """
+        layers = [
+            _joined_layer(self.adapter, index, [prefix.layers[index] for prefix in prefixes])
+            for index in range(self.adapter.shape.layers)
+        ]
+        end = int(layers[0].slots[-1]) + 1
+        return SharedPrefix(self.adapter, layers, end, end)
+
     def fingerprint(self, inputs: Mapping[str, Any] | None = None, plan: str = "") -> str:
         """Name the model, and the inputs (bytes, shapes, dtypes) and the plan if given, by a hash.
 
         Of each weight the first and last values count.
         """
         return _fingerprint(self.adapter.model, inputs, plan)
+
+
+@torch.no_grad()
+def _joined_layer(adapter: Adapter, index: int, parts: Sequence[PrefixLayer]) -> PrefixLayer:
+    """Turn the keys of several prefixes to consecutive positions."""
+    turned: list[Tensor] = []
+    for part in parts:
+        known = part.positions
+        if known is None or bool((known < 0).any()) or part.heads is not None or part.bias is not None:
+            raise ValueError(
+                "contexts can be joined only where each entry has one position of its own and all heads store the "
+                "same: read them under a plan that leaves compression tokens alone, such as 'voco()', or 'full' for "
+                "models whose images have one-dimensional positions"
+            )
+        turned.append(known)
+    # What stands at 0 in every prompt is hidden behind compression tokens; where it is not, it goes first.
+    begin = min(1, int(turned[0].min()))
+    count = sum(len(known) for known in turned)
+    places = torch.arange(begin, begin + count, device=parts[0].keys.device)
+    layer = adapter.layers[index]
+    keys = []
+    for part, known, own in zip(parts, turned, places.split([len(known) for known in turned]), strict=True):
+        old, new = (
+            tuple(table[0] for table in adapter.rotary(layer, part.keys, adapter.text_positions(where)))
+            for where in (known, own)
+        )
+        keys.append(rerotate(part.keys[None], old, new)[0])
+    values = torch.cat([part.values for part in parts], dim=1)
+    return PrefixLayer(torch.cat(keys, dim=1), values, places, positions=places, window=parts[0].window)
 
 
 @torch.no_grad()
@@ -266,11 +312,11 @@ def _read(adapter: Adapter, inputs: Mapping[str, Any]) -> SharedPrefix:
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
         raise ValueError(f"inputs hold {ids.shape[0]} prompts; a shared context has one, and questions come later")
-    positions: list[int] = []
+    positions: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = kwargs.get("position_ids")
-        positions.append(int(ids.shape[1]) if given is None else int(given.max()) + 1)
+        positions.append(torch.arange(ids.shape[1], device=ids.device)[None] if given is None else given)
 
     handle = adapter.decoder.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
     try:
@@ -287,10 +333,21 @@ def _read(adapter: Adapter, inputs: Mapping[str, Any]) -> SharedPrefix:
         raise ValueError(
             "layers of this plan number positions differently, so that nothing can be shared; use positions='keep'"
         )
-    start = positions[-1] - shifts.pop()
-    return SharedPrefix(
-        adapter, [prefix_of(layer) for layer in cache.layers], reference_layer(cache).get_seq_length(), start
-    )
+    (shift,) = shifts
+    layers = [prefix_of(layer) for layer in cache.layers]
+    if shift == 0:
+        layers = [_with_positions(layer, positions[-1]) for layer in layers]
+    return SharedPrefix(adapter, layers, reference_layer(cache).get_seq_length(), int(positions[-1].max()) + 1 - shift)
+
+
+def _with_positions(layer: PrefixLayer, given: Tensor) -> PrefixLayer:
+    """Note the position of each entry, given the position ids ``[.., 1, S]`` of the prompt."""
+    if layer.heads is not None:
+        return layer
+    # A fourth row in front counts tokens.
+    own = given.reshape(-1, given.shape[-1])[-3:].to(layer.slots.device)
+    alike = (own == own[:1]).all(dim=0)
+    return replace(layer, positions=torch.where(alike, own[0], -1)[layer.slots])
 
 
 def _shift(layer: Any) -> int:

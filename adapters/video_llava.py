@@ -23,6 +23,7 @@ class VideoLlava(Adapter):
     """
 
     merges_in_encoder = True
+    signals = Adapter.signals | {"video_frames"}
 
     def tower(self, modality: str) -> Any:
         """There is one encoder for images and one for videos."""

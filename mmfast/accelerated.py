@@ -7,12 +7,13 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmfast.measure import agreement, in_turn, setting_of
 from mmfast.plan import Plan, PlanLike
 from mmfast.report import Comparison, Report
 from mmfast.token_pruning.base import check_choice
+from mmfast.token_pruning.weights import Lesson
 from mmfast.zoo.clip import ClipTower
 
 
@@ -24,6 +25,7 @@ def accelerate(
     clip: ClipTower | None = None,
     on_new_turn: Literal["reuse", "reselect"] = "reuse",
     draft_model: nn.Module | None = None,
+    compile: bool = False,
 ) -> Accelerated:
     """Make a vision-language model faster, in place and reversibly.
 
@@ -42,12 +44,17 @@ def accelerate(
             says what that cost. It takes effect in ``generate()`` with the cache of the turn before.
         draft_model: a smaller model, for plans with ``assistant`` or ``text_draft``, in which it drafts. Nothing is
             left on it after :meth:`Accelerated.remove`.
+        compile: run the decode steps of ``generate()`` compiled, over a cache of fixed size that holds what is left
+            of the prompt; on a GPU as one CUDA graph. The first prompt of a length waits for that, and the report
+            says how long. Greedy decoding and sampling are, with everything ``generate()`` knows of processors,
+            stopping and streaming; beams decode as without it, and so do the rounds of a drafter in the plan.
+            Where nothing can be compiled the same steps run as they are, and the report says why.
 
     Returns:
         A handle that is also a context manager.
 
     Raises:
-        TypeError: if no adapter serves the model, or the plan is of the wrong type.
+        TypeError: if no adapter serves the model, or the plan or ``compile`` is of the wrong type.
         ValueError: if the plan cannot be read or the model cannot do what it asks for. The model is
             untouched then.
 
@@ -62,6 +69,8 @@ def accelerate(
     from mmfast.adapters import for_model
 
     check_choice("on_new_turn", on_new_turn, ["reuse", "reselect"])
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile={compile!r} must be True or False")
     reselect = on_new_turn == "reselect"
     return Accelerated(
         model,
@@ -71,6 +80,7 @@ def accelerate(
         clip=clip,
         reselect=reselect,
         draft_model=draft_model,
+        compile=compile,
     )
 
 
@@ -92,12 +102,13 @@ class Accelerated:
         clip: ClipTower | None = None,
         reselect: bool = False,
         draft_model: nn.Module | None = None,
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.plan = plan
         self._adapter = adapter
         self._comparison: Comparison | None = None
-        self._options = {"clip": clip, "reselect": reselect, "draft_model": draft_model}
+        self._options = {"clip": clip, "reselect": reselect, "draft_model": draft_model, "compile": compile}
         self._binding = adapter.bind(plan, replace=replace, **self._options)
 
     @property
@@ -131,8 +142,7 @@ class Accelerated:
         Raises:
             ValueError: if the plan has been removed, or ``repeats`` is below 1.
         """
-        if self._binding is None:
-            raise ValueError("the plan has been removed from this model; call accelerate() again to measure it")
+        self._at_work("measure it")
         runs = in_turn(
             self.model,
             {"baseline": self.suspended, "accelerated": nullcontext},
@@ -168,8 +178,82 @@ class Accelerated:
             yield self.model
         finally:
             self._binding = self._adapter.bind(self.plan, **self._options)
-            if self._binding.drafting is not None:
-                self._binding.drafting.go_on_from(before.drafting)
+            self._binding.go_on_from(before)
+
+    def learned(self) -> nn.ModuleDict:
+        """Return the learned parts of the plan's methods inside the language model, by method.
+
+        They are in evaluation mode and ask for no gradients. The methods work with these very modules: what is trained
+        or loaded here is at work, also after they are moved. Their state dict is what ``weights=`` loads.
+
+        Returns:
+            Method name -> module; empty where nothing of the plan is learned this way.
+
+        Raises:
+            ValueError: if the plan has been removed.
+
+        Example:
+            >>> import mmfast
+            >>> model, processor = mmfast.load_default()
+            >>> with mmfast.accelerate(model, "p_mod()") as fast:
+            ...     [name for name, weight in fast.learned().named_parameters()]
+            ['p_mod.layers.1.weight', 'p_mod.layers.1.bias', 'p_mod.layers.2.weight', ..., 'p_mod.layers.3.bias']
+        """
+        parts: nn.ModuleDict = self._at_work("ask for its learned parts").layers.learned()
+        return parts
+
+    @contextmanager
+    def training(
+        self, answers: Tensor | None = None, *, gates: bool = False, done: float = 0.0, noise: bool = True
+    ) -> Iterator[Lesson]:
+        """Tell the methods that calls of the model in this context are training.
+
+        Prompts end before their answers: what the last token of a prompt decides in use, it then decides here too,
+        without having seen the answer. With several answers in a row the first question decides, as in use.
+
+        Args:
+            answers: ``[B, S]`` bool, which tokens of the next call are answers; None = there are none.
+            gates: learned parts follow their training form; otherwise all methods act as in use.
+            done: share of the training that is over, 0 to 1, for schedules.
+            noise: draw decisions where a method's training draws; False decides as in use, with training's gradients.
+
+        Yields:
+            What the methods noted; give it to :meth:`training_losses`.
+
+        Raises:
+            ValueError: if the plan has been removed. With ``gates`` calls of the model raise it for a cache that is
+                not empty, and for gradient checkpointing.
+
+        Example:
+            >>> import mmfast
+            >>> model, processor = mmfast.load_default()
+            >>> with mmfast.accelerate(model, "p_mod()") as fast, fast.training(done=0.5) as lesson:
+            ...     lesson.done
+            0.5
+        """
+        layers = self._at_work("train with it").layers
+        before, layers.lesson = layers.lesson, Lesson(answers, gates, done, noise)
+        try:
+            yield layers.lesson
+        finally:
+            layers.lesson = before
+
+    def training_losses(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Return what the methods add to the loss of the answers, weighed as their papers do.
+
+        Args:
+            lesson: of a call of the model in :meth:`training`.
+
+        Returns:
+            Name -> scalar with gradients.
+        """
+        learners = self._at_work("train with it").layers.learners.values() if lesson.gates else ()
+        return {name: loss for method in learners for name, loss in method.training_loss(lesson).items()}
+
+    def _at_work(self, purpose: str) -> Any:
+        if self._binding is None:
+            raise ValueError(f"the plan has been removed from this model; call accelerate() again to {purpose}")
+        return self._binding
 
     def __enter__(self) -> Accelerated:
         return self

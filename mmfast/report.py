@@ -60,6 +60,10 @@ class MediaRecord:
         entered_indices: int64 ``[entered]``, which ones, on the CPU.
         left_indices: int64 ``[left]``, which ones.
         layout: where the tokens lie, for drawing.
+        frames: frames of a video, or temporal patches where frames are joined; 0 for an image.
+        encoded_frames: int64 numbers of those that were encoded, where a method chose; None = all.
+        layers_alive: int64 ``[tokens]``, how many layers, from the first on, had each token at hand; None where only
+            the first and the last are known.
     """
 
     row: int
@@ -70,6 +74,15 @@ class MediaRecord:
     entered_indices: Tensor
     left_indices: Tensor
     layout: Layout
+    frames: int = 0
+    encoded_frames: Tensor | None = None
+    layers_alive: Tensor | None = None
+
+    @property
+    def frame_count(self) -> str:
+        """How many frames of a video were encoded, in words; empty where all were."""
+        chosen = self.encoded_frames
+        return "" if chosen is None else f"{chosen.numel()} of {self.frames} frames encoded, "
 
 
 @dataclass(frozen=True)
@@ -248,6 +261,25 @@ class Drafting:
 
 
 @dataclass
+class Compilation:
+    """How the decode steps of the last call of ``generate`` ran that was to be compiled.
+
+    Attributes:
+        failure: why they ran uncompiled; empty where they did not.
+        seconds: time spent compiling in this call, which no other figure contains.
+        steps: forward passes.
+    """
+
+    failure: str = ""
+    seconds: float = 0.0
+    steps: int = 0
+
+    def __str__(self) -> str:
+        spent = f"{self.seconds:.1f} s spent on compiling, counted nowhere else"
+        return f"steps ran uncompiled: {self.failure} ({spent})" if self.failure else f"steps ran compiled ({spent})"
+
+
+@dataclass
 class Report:
     """The last prompt with images or videos, and the tokens generated after it.
 
@@ -269,6 +301,7 @@ class Report:
         device: type of the device.
         reread_tokens: tokens of earlier turns that were read again so that this question could choose.
         drafting: what drafting gave in the last call of ``generate``; None without a drafter.
+        compilation: whether decode steps ran compiled in it; None where that was not asked for.
     """
 
     plan: str
@@ -287,6 +320,7 @@ class Report:
     device: str = "cpu"
     reread_tokens: int = 0
     drafting: Drafting | None = None
+    compilation: Compilation | None = None
 
     @property
     def tokens_per_layer(self) -> list[list[int]]:
@@ -355,6 +389,8 @@ class Report:
                     "tokens": item.tokens,
                     "entered": item.entered,
                     "left": item.left,
+                    "frames": item.frames,
+                    "encoded_frames": None if item.encoded_frames is None else item.encoded_frames.tolist(),
                 }
                 for item in self.media
             ],
@@ -373,6 +409,7 @@ class Report:
             "device": self.device,
             "reread_tokens": self.reread_tokens,
             "drafting": None if self.drafting is None else self.drafting.to_dict(),
+            "compilation": None if self.compilation is None else vars(self.compilation),
             "note": self.note,
         }
         if self.comparison is not None:
@@ -391,10 +428,10 @@ class Report:
         lines = [f"plan     {self.plan}", f"model    {self.model}"]
         if self.note:
             lines.append(self.note)
-            return "\n".join(lines if self.drafting is None else [*lines, f"drafting {self.drafting}"])
+            return "\n".join([*lines, *self._decoding()])
         for item in self.media:
             lines.append(
-                f"{item.modality:<8} row {item.row}: {item.tokens} tokens -> {item.entered} into the LLM -> "
+                f"{item.modality:<8} row {item.row}: {item.frame_count}{item.tokens} tokens -> {item.entered} into the LLM -> "
                 f"{item.left} in the last layer"
             )
         for row, layers in enumerate(self.tokens_per_layer):
@@ -412,8 +449,7 @@ class Report:
             lines.append(f"turn     {self.reread_tokens} tokens of earlier turns read again for this question")
         times = ", ".join(f"{phase} {1e3 * self.seconds.get(phase, 0.0):.1f} ms" for phase in PHASES)
         lines.append(f"time     {times} ({self.decode_steps} decode steps)")
-        if self.drafting is not None:
-            lines.append(f"drafting {self.drafting}")
+        lines += self._decoding()
         if self.peak_bytes:
             whose = "device" if self.device == "cuda" else "process"
             lines.append(f"memory   {whose} peak so far {self.peak_bytes / 1e6:.0f} MB")
@@ -422,6 +458,11 @@ class Report:
         else:
             lines.append(f"speed    {self.comparison.verdict()}")
         return "\n".join(lines)
+
+    def _decoding(self) -> list[str]:
+        """Say what was done beside plain decode steps."""
+        found = {"drafting": self.drafting, "compile ": self.compilation}
+        return [f"{name} {value}" for name, value in found.items() if value is not None]
 
 
 def _share(part: float, whole: float) -> str:

@@ -117,6 +117,30 @@ class Concatenated(Packed):
 
 
 @dataclass(frozen=True, eq=False)
+class Coded(Packed):
+    """Blocks that were joined, in the form attention reads.
+
+    Attributes:
+        codes: of a batch of one.
+    """
+
+    codes: Codes
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return codes, scales and offsets."""
+        codes = self.codes
+        return tuple(one for one in (codes.words, codes.scale, codes.low) if one is not None)
+
+    def readable(self) -> Codes | None:
+        """Return the codes."""
+        return self.codes
+
+    def restore(self) -> Tensor:
+        """Return what the codes stand for."""
+        return self.codes.restore()[0]
+
+
+@dataclass(frozen=True, eq=False)
 class Split(Packed):
     """Two kinds of token of one block, each stored in its own way.
 

@@ -15,8 +15,9 @@ CODE = (*LIBRARY, "tests", "benchmarks", "examples", "docs")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".cfg", ".html", ""}
 LONGEST_FILE = 500
 
-# The interpreter of triton can only be chosen by its own variable; the library reads no other.
-ENVIRONMENT = {"TRITON_INTERPRET"}
+# The interpreter of triton can only be chosen by its own variable, and launchers such as torchrun tell a process its
+# number in these two; the library reads no other.
+ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE"}
 
 
 def python_files(folders: tuple[str, ...]) -> list[Path]:
