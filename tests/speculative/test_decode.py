@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import mmfast
 from support import cache_plans
-from support.cases import CASES, case_id, mixed, one, text_only, two
+from support.cases import CASES, case_id, mixed, one, text_only, two, video
 from support.checks import census, registries
 from support.drafters import registered
 from support.families import FAMILIES, Batch, Family
@@ -89,7 +89,7 @@ def check_under_plan(family: Family, batch: Batch, plan: str, shape: str) -> Non
     assert record.accepted > 0
 
 
-OTHERS = [info for info in mmfast.methods() if info.stage != "decode"]
+OTHERS = [info for info in mmfast.methods() if info.stage in ("before_llm", "in_llm", "cache")]
 GOING_ON = {"h2o", "streaming_llm", "prefixkv", "spec_kv", "elastic_cache", "gamma_mod"}
 """Methods that evict after every generated token, or route each by itself."""
 
@@ -102,6 +102,12 @@ def test_same_tokens_with_every_other_method(info: mmfast.MethodInfo, shape: str
     goes_on = info.name in GOING_ON or info.kind == "Forgetter"
     with pytest.raises(ValueError, match=r"evicts after every|go around layers") if goes_on else nullcontext():
         check_under_plan(family, mixed(family), plan_with(info), shape)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])
+def test_same_tokens_where_frames_were_chosen(name: str) -> None:
+    family = FAMILIES[name]
+    check_under_plan(family, video(family), "uniform_frames(keep=2) + divprune(keep=0.5)", "wrong_after=2")
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "internvl"])
