@@ -14,7 +14,7 @@ CLIP := mmfast/data/samples/bigbuckbunny.mp4
 PLANS := --plan "divprune(keep=64)" --plan "divprune(keep=128) + pyramiddrop()"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo bench train-default lint readme clean
+.PHONY: help env test demo bench train-default lint tables clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +55,8 @@ lint: $(READY)  ## ruff check, ruff format --check, mypy
 	@ln -s $(CURDIR)/mmfast/* $(CURDIR)/adapters $(CURDIR)/eval $(TYPING)/mmfast
 	cd $(TYPING) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p mmfast
 
-readme: $(READY)  ## renew the README's tables from the registry and the committed results
-	$(BIN)/python docs/update_readme.py
+tables: $(READY)  ## renew the generated parts of the pages from the registry and the committed results
+	$(BIN)/python docs/update_tables.py
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) build mmfast.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -197,13 +197,17 @@ def summarize(paths: Iterable[Path], *, tasks: Sequence[Task] = ()) -> Table:
     for runs in settings.values():
         entries = _entries(runs, _task_of(runs[0].header, tasks, notes))
         full = next((entry for entry in entries if entry.baseline == "full"), None)
+        apart: dict[str, list[_Entry]] = {}
         for entry in entries:
             matched = {} if entry.baseline == "full" else matching(entry, entries)
             rows.append(_row(entry, full, next((matched[name] for name in DOWNSAMPLING if name in matched), None)))
             if not entry.baseline:
                 others = [*([full] if full else []), *matched.values()]
                 comparisons += [_versus(entry, other) for other in others]
-                notes += _token_notes(entry, matched)
+                for other in matched.values():
+                    if _apart(entry, other):
+                        apart.setdefault(other.plan, []).append(entry)
+        notes += [_token_note(plan, plans, entries) for plan, plans in apart.items()]
         notes += _setting_notes(entries)
     return Table(tuple(rows), tuple(comparisons), tuple(dict.fromkeys(notes)))
 
@@ -344,14 +348,19 @@ def _mean(records: Sequence[Record], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _token_notes(entry: _Entry, matched: dict[str, _Entry]) -> list[str]:
-    """Say which baselines have not quite the tokens of the plan."""
-    return [
-        f"{entry.header.task}: {other.plan} leaves {other.tokens:.1f} visual tokens per layer, "
-        f"{entry.plan} {entry.tokens:.1f}"
-        for other in matched.values()
-        if entry.tokens and other.tokens and abs(other.tokens - entry.tokens) > _NEARLY * entry.tokens
-    ]
+def _apart(entry: _Entry, other: _Entry) -> bool:
+    """Say whether a baseline has not quite the tokens of a plan."""
+    return bool(entry.tokens and other.tokens and abs(other.tokens - entry.tokens) > _NEARLY * entry.tokens)
+
+
+def _token_note(baseline: str, plans: Sequence[_Entry], entries: Sequence[_Entry]) -> str:
+    other = next(entry for entry in entries if entry.plan == baseline)
+    listed = ", ".join(f"{entry.plan} {entry.tokens:.1f}" for entry in plans[:2])
+    more = f" and {len(plans) - 2} more plans" if len(plans) > 2 else ""
+    return (
+        f"{other.header.task}: {baseline} leaves {other.tokens:.1f} visual tokens per layer, "
+        f"the plans beside it {listed}{more}"
+    )
 
 
 def _setting_notes(entries: Sequence[_Entry]) -> list[str]:

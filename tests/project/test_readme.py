@@ -1,4 +1,4 @@
-"""The code in README and CONTRIBUTING runs as printed, and the README's tables are up to date.
+"""The code in the pages runs as printed, and their generated parts are up to date.
 
 Each ``python`` and ``console`` block carries a mark on the line before it: ``<!-- runnable -->``, or
 ``<!-- not run: reason -->``. Figures are not compared, success is.
@@ -18,7 +18,11 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+)
 BLOCK = re.compile(r"(?:^ *<!-- ([^\n]*) -->\n)?^ *```(python|console)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SECONDS = 60
 
@@ -91,19 +95,18 @@ def test_python_is_python(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_relative_links_lead_somewhere(page: str) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / page).read_text())
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["methods", "measured"])
-def test_generated_parts_have_their_markers(name: str) -> None:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    assert README.count(begin) == README.count(end) == 1
-    assert README.index(begin) < README.index(end)
+GENERATED = runpy.run_path(str(ROOT / "docs" / "update_tables.py"))
 
 
-def test_generated_parts_are_up_to_date() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "update_readme.py"))
-    assert script["updated"](README) == README, "run `make readme`"
+@pytest.mark.parametrize("page", GENERATED["GENERATED"])
+def test_generated_parts_are_up_to_date(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for name in GENERATED["GENERATED"][page]:
+        assert text.count(f"<!-- {name}:begin -->") == text.count(f"<!-- {name}:end -->") == 1
+    assert GENERATED["updated"](page) == text, "run `make tables`"
 
 
 def test_block_reader_on_a_small_page() -> None:

@@ -1,8 +1,9 @@
-"""Write the README's tables from the registries and from the committed results; run by ``make readme``."""
+"""Write the generated parts of the pages from the registries and the committed results; run by ``make tables``."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import mmfast
 from mmfast.adapters import families
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+STAGES = {
+    "frames": "which frames of a video are encoded at all",
+    "before_llm": "which visual tokens enter the language model, or what they merge into",
+    "in_llm": "which of them go on inside it, layer by layer",
+    "cache": "what its cache keeps, and in how many bits",
+    "decode": "drafts of several tokens, of which the model accepts what it would have said",
+}
 COLUMNS = (
     "method",
     "stage",
@@ -69,8 +76,7 @@ def method_table() -> str:
         )
         for info in mmfast.methods()
     ]
-    names = ", ".join(f"`{name}`" for name in families())
-    return f"{table(rows)}\n\nFamilies, by `config.model_type`: {names}."
+    return table(rows)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -117,7 +123,7 @@ def accuracy_text() -> str:
         "256. A plus or minus says better or worse than random dropping at the same stage and the same tokens per "
         "layer, by more than the 95 % interval of the difference.\n\n"
         f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
-        "![Accuracy against visual tokens per layer, one panel per method](docs/images/accuracy.svg)\n\n"
+        "![Accuracy against visual tokens per layer, one panel per method](images/accuracy.svg)\n\n"
         f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
         "nothing of them but that they run. The demo model has four layers, so methods inside it have little room, "
         "and it was trained with dropped backgrounds and supervised attention: methods that read its attention look "
@@ -213,7 +219,7 @@ def cache_text() -> str:
         "chose for that one. Bytes are measured, as a share of the untouched cache (prompts of about 300 tokens), and "
         "beside them those of a prompt of 12,544 visual tokens in bfloat16.\n\n"
         f"<details><summary>All methods of the cache</summary>\n\n{table(rows)}\n\n</details>\n\n"
-        "![Exact match against bytes held, one panel per method](docs/images/cache.svg)" + _cache_speed(result)
+        "![Exact match against bytes held, one panel per method](images/cache.svg)" + _cache_speed(result)
     )
 
 
@@ -344,7 +350,7 @@ def bench_text() -> str:
         f"{table(models)}\n\n"
         "<details><summary>The torch form of every operation, against what one would write first</summary>\n\n"
         f"{table(operations)}\n\n</details>\n\n"
-        "Nothing has been measured on a GPU yet; [its goals](benchmarks/results/gpu/README.md) are written down."
+        "Nothing has been measured on a GPU yet; [its goals](../benchmarks/results/gpu/README.md) are written down."
     )
 
 
@@ -381,12 +387,37 @@ def filled(page: str, name: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def updated(page: str) -> str:
-    """Return the page with every generated part renewed."""
-    page = filled(page, "methods", method_table())
+def catalogue() -> str:
+    """Return the names of all methods, a row per stage."""
+    rows: list[tuple[str, ...]] = [("stage", "what it does", "methods")]
+    for stage, what in STAGES.items():
+        rows.append((stage, what, ", ".join(f"`{info.name}`" for info in mmfast.methods(stage))))
+    names = ", ".join(f"`{name}`" for name in families())
+    return f"{table(rows)}\n\nFamilies, by `config.model_type`: {names}."
+
+
+def measured() -> str:
+    """Return everything that was measured."""
     parts = (speed_text(), cost_text(), accuracy_text(), cache_text(), shared_text(), drafting_text(), bench_text())
-    return filled(page, "measured", "\n\n".join(parts))
+    return "\n\n".join(parts)
+
+
+GENERATED: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"catalogue": catalogue, "speed": speed_text},
+    "docs/methods.md": {"methods": method_table},
+    "docs/measured.md": {"measured": measured},
+}
+"""Page -> name of a generated part -> what writes it."""
+
+
+def updated(name: str) -> str:
+    """Return a page with its generated parts renewed."""
+    page = (ROOT / name).read_text()
+    for part, write in GENERATED[name].items():
+        page = filled(page, part, write())
+    return page
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    for name in GENERATED:
+        (ROOT / name).write_text(updated(name))
