@@ -42,6 +42,7 @@ def _works_with(info: mmfast.MethodInfo) -> str:
         for name, adapter in every.items()
         if set(info.needs) <= adapter.signals
         and not (info.stage == "in_llm" and adapter.no_layer_drops)
+        and not (info.kind == "Compressor" and adapter.reads_both_ways)
         and (adapter.can_compact or not getattr(info.method, "compacts", False))
     ]
     missing = [name for name in every if name not in served]

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import mmfast
-from mmfast.cli import ask, bench, compare, doctor, eval, methods, train
+from mmfast.cli import ask, bench, compare, doctor, eval, methods, train, ui
 from mmfast.cli.common import one_line
 
-COMMANDS = (ask, compare, bench, eval, methods, doctor, train)
+COMMANDS = (ask, compare, bench, eval, ui, methods, doctor, train)
 UNEXPECTED = 1
 MISUSE = 2
 INTERRUPTED = 130

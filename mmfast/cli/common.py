@@ -75,6 +75,21 @@ def check_numbers(options: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
 
 
+def check_page(option: str, path: Path | None) -> None:
+    """Refuse a page that cannot be written before minutes are spent on measuring.
+
+    Raises:
+        ValueError: naming the option and its value.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--{option}={path} must end in .html: a page is what is written")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        what = "a folder" if path.is_dir() else "its folder does not exist"
+        raise ValueError(f"--{option}={path}: {what}; name a file")
+
+
 def read_media(paths: Sequence[str], frames: int) -> Media:
     """Read images and videos, told apart by their content.
 

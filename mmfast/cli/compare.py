@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
 
     common.check_numbers(options, "frames", "max_new_tokens", "repeats")
     plans = [mmfast.Plan.of(plan) for plan in options.plan]
-    _check_out(options.out)
+    common.check_page("out", options.out)
     device = common.device_of(options.device)
     common.quiet_libraries()
     with common.working("reading"):
@@ -60,16 +60,6 @@ def run(options: argparse.Namespace) -> None:
         common.write_json(as_json(result, answers, options.question))
     else:
         show(result, answers)
-
-
-def _check_out(path: Path | None) -> None:
-    """Refuse what cannot be written before minutes are spent on measuring."""
-    if path is None:
-        return
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out={path} must end in .html: a page is what is written")
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"--out={path}: {'a folder' if path.is_dir() else 'its folder does not exist'}; name a file")
 
 
 @contextmanager

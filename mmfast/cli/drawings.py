@@ -26,6 +26,52 @@ class Drawing(NamedTuple):
     image: Image.Image
 
 
+class View(NamedTuple):
+    """One picture as one record of a report has it.
+
+    Attributes:
+        caption: what it shows.
+        picture: the image or frame.
+        record: what happened to its tokens.
+        frame: number of the frame inside the record's video; 0 for an image.
+        tile: which of the layout's tiles.
+        seconds: when the frame is shown; None for an image.
+    """
+
+    caption: str
+    picture: Image.Image
+    record: MediaRecord
+    frame: int
+    tile: int = 0
+    seconds: float | None = None
+
+
+def views(report: Report, media: Media) -> tuple[list[View], str]:
+    """Choose what to draw of every image and frame of a prompt.
+
+    Args:
+        report: what a plan did.
+        media: what was asked about.
+
+    Returns:
+        At most :data:`LIMIT` views, and a note on what is not drawn, which may be empty.
+    """
+    shown = shown_frames(report, media)
+    if shown is None:
+        return [], "Not drawn: this family cuts pictures into tiles and does not say where each lies."
+    if any(view.record.layout.boxes is None for view in shown):
+        return [], "Not drawn: this family does not say where its tokens lie."
+    found = []
+    for view in shown:
+        parts = tiles(view.record.layout)
+        names = [f"{view.caption}, {'crops' if tile else 'as a whole'}" if len(parts) > 1 else "" for tile in parts]
+        found += [
+            view._replace(tile=tile, caption=name or view.caption) for tile, name in zip(parts, names, strict=True)
+        ]
+    step = max(1, -(-len(found) // LIMIT))
+    return found[::step], f"One picture in {step} is drawn." if step > 1 else ""
+
+
 def drawings(report: Report, media: Media, processor: Any) -> tuple[list[Drawing], str]:
     """Draw every image and frame of a prompt.
 
@@ -37,37 +83,36 @@ def drawings(report: Report, media: Media, processor: Any) -> tuple[list[Drawing
     Returns:
         At most :data:`LIMIT` drawings, and a note on what is not drawn, which may be empty.
     """
-    shown = _shown(report, media)
-    if shown is None:
-        return [], "Not drawn: this family cuts pictures into tiles and does not say where each lies."
-    if any(record.layout.boxes is None for _, _, record, _ in shown):
-        return [], "Not drawn: this family does not say where its tokens lie."
-    views = [(*entry, tile) for entry in shown for tile in tiles(entry[2].layout)]
-    step = max(1, -(-len(views) // LIMIT))
-    drawn = []
-    for caption, picture, record, frame, tile in views[::step]:
-        if len(tiles(record.layout)) > 1:
-            caption = f"{caption}, {'crops' if tile else 'as a whole'}"
-        drawn.append(Drawing(caption, overlay(as_seen(processor, picture, record.modality), record, frame, tile=tile)))
-    return drawn, f"One picture in {step} is drawn." if step > 1 else ""
+    chosen, note = views(report, media)
+    drawn = [
+        Drawing(
+            view.caption,
+            overlay(as_seen(processor, view.picture, view.record.modality), view.record, view.frame, tile=view.tile),
+        )
+        for view in chosen
+    ]
+    return drawn, note
 
 
-def _shown(report: Report, media: Media) -> list[tuple[str, Image.Image, MediaRecord, int]] | None:
-    """Pair pictures with records and frame numbers; None where they do not fit one to one."""
+def shown_frames(report: Report, media: Media) -> list[View] | None:
+    """Pair every picture with its record and frame number; None where they do not fit one to one."""
     stills = [record for record in report.media if record.modality == "image"]
     clips = [record for record in report.media if record.modality == "video"]
-    images = [(f"image {number}", image) for number, image in enumerate(media.images, 1)]
-    frames = [(f"{time:.1f} s", frame) for time, frame in zip(media.times, media.frames, strict=True)]
-    pictures = images if clips else images + frames
+    images = [(f"image {number}", image, None) for number, image in enumerate(media.images, 1)]
+    frames = [(f"{time:.1f} s", frame, time) for time, frame in zip(media.times, media.frames, strict=True)]
+    pictures: list[tuple[str, Image.Image, float | None]] = [*images, *([] if clips else frames)]
     if len(pictures) != len(stills) or len(clips) > 1:
         return None
-    paired = [(caption, image, record, 0) for (caption, image), record in zip(pictures, stills, strict=True)]
+    paired = [
+        View(caption, image, record, 0, seconds=time)
+        for (caption, image, time), record in zip(pictures, stills, strict=True)
+    ]
     for record in clips:
         # Some models join neighbouring frames: each drawn frame stands for those joined with it.
         steps = int(record.layout.frame.max()) + 1
         for step in range(min(steps, len(frames))):
-            caption, image = frames[step * len(frames) // steps]
-            paired.append((caption, image, record, step))
+            caption, image, time = frames[step * len(frames) // steps]
+            paired.append(View(caption, image, record, step, seconds=time))
     return paired
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,38 +16,17 @@ from mmfast.adapters import prepare
 from mmfast.budget import LanguageShape
 from mmfast.cli import main
 from mmfast.cli.common import Media
-from mmfast.cli.drawings import LIMIT, as_seen, drawings
+from mmfast.cli.drawings import LIMIT, View, as_seen, drawings, shown_frames
 from mmfast.cli.figures import as_json, figures, memory_note
 from mmfast.cli.html import page
+from mmfast.cli.patches import patches, time_line
 from mmfast.compare import PlanComparison, PlanRun
 from mmfast.report import LayerWork, MediaRecord, Report, Timing
 from mmfast.tokens import Layout
+from support.pages import Tags, assert_self_contained
 
 SHAPE = LanguageShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=2, head_dim=4)
 UNCUT = SimpleNamespace()
-
-
-class Tags(HTMLParser):
-    """What a page is made of."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "img") and not (self.get_starttag_text() or "").endswith("/>"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        # The tag stands in the parser's own call even for <rect/>, which opens nothing.
-        if tag != "rect" or self.open[-1] == "rect":
-            assert self.open.pop() == tag
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.found if name == tag]
 
 
 def record(layout: Layout, kept: list[int] | None = None) -> MediaRecord:
@@ -88,15 +67,12 @@ def test_compare_writes_a_page_that_needs_nothing_else(
     assert main(["compare", str(media / "clip.mp4"), *words, *plans, "--out", str(out)]) == 0
     assert f"wrote {out}" in capsys.readouterr().err
     content = out.read_text()
-    tags = Tags(content)
-    assert tags.open == []
+    tags = assert_self_contained(content)
     assert not tags.named("b")
-    images = [str(image["src"]) for image in tags.named("img")]
-    assert len(images) == 3 * 2
-    assert all(image.startswith("data:image/jpeg;base64,") for image in images)
-    assert len(set(images)) == len(images)
-    assert not re.search(r"url\(|@import|https?://|<script|<link", content)
-    assert not [attributes for _, attributes in tags.found if "href" in attributes or "onload" in attributes]
+    # Every picture is held once, and shown by each of the three plans.
+    held = [str(image["id"]) for image in tags.named("image")]
+    assert held == ["picture-0", "picture-1"]
+    assert [use["href"] for use in tags.named("use")] == [f"#{name}" for name in held] * 3
     for text in ("clip.mp4 (2 frames)", "sdpa attention, float32", "transformers 5.", "the embedded demo model"):
         assert text in content
 
@@ -104,9 +80,9 @@ def test_compare_writes_a_page_that_needs_nothing_else(
 def test_everything_foreign_is_escaped() -> None:
     evil = "</title><script>alert('x')</script>\"&"
     content = small_page(comparison(1.0, 0.5), answer=evil, question=evil)
-    assert "<script" not in content
+    assert_self_contained(content)
+    assert "alert('x')" not in content
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;" in content
-    assert Tags(content).open == []
 
 
 def test_slower_plans_are_marked_and_faster_ones_are_not() -> None:
@@ -121,9 +97,87 @@ def test_merging_is_not_called_dropping() -> None:
 
 
 def test_one_bar_per_layer_is_as_high_as_its_tokens() -> None:
-    bars = [rect for rect in Tags(small_page(comparison(1.0, 0.5))).named("rect") if rect["class"] == "bar"]
+    bars = [rect for rect in Tags(small_page(comparison(1.0, 0.5))).named("rect") if rect.get("class") == "bar"]
     # The full model reads 4 visual and 3 text tokens, the plan 2 and 3.
     assert [float(str(bar["height"])) for bar in bars] == [100.0, 100.0, 71.43, 71.43]
+
+
+def boxes(path: str) -> set[tuple[int, ...]]:
+    """Read back the boxes of a drawn path."""
+    return {tuple(map(int, found)) for found in re.findall(r"M(\d+) (\d+)H(\d+)V(\d+)H\d+z", path)}
+
+
+def test_patches_are_drawn_where_they_lie_and_by_the_layer_that_drops_them() -> None:
+    # Of a row of four patches the first never enters, the second is dropped after layer 0, the others stay.
+    layout, alive = Layout.grid(1, 4), torch.tensor([0, 1, 3, 3])
+    one = replace(record(layout, [2, 3]), layers_alive=alive)
+    tags = Tags(patches(View("a", stills(1)[0], one, 0), layers=3, height=100))
+    gone = {path["data-alive"]: path for path in tags.named("path") if "data-alive" in path}
+    assert boxes(str(gone["0"]["d"])) == {(0, 0, 112, 100)}
+    assert boxes(str(gone["1"]["d"])) == {(112, 0, 224, 100)}
+    assert (gone["0"]["class"], gone["1"]["class"]) == ("gone", "gone inside")
+    edges = [path for path in tags.named("path") if "data-from" in path]
+    # Before layer 0 nothing is dropped, so no line is drawn; at first only the last stage is shown.
+    assert [(edge["data-from"], edge["data-to"], "hidden" in edge) for edge in edges] == [
+        ("1", "1", True),
+        ("2", "3", False),
+    ]
+    # The line around two patches side by side leaves out the side they share.
+    assert len(re.findall("M", str(edges[1]["d"]))) == 6
+    assert "M336 0L336 100" not in str(edges[1]["d"])
+
+
+def test_neighbouring_patches_are_one_box() -> None:
+    one = record(Layout.grid(2, 2), [3])
+    (path,) = (
+        path for path in Tags(patches(View("a", stills(1)[0], one, 0), 1, 100)).named("path") if "data-alive" in path
+    )
+    assert boxes(str(path["d"])) == {(0, 0, 448, 50), (0, 50, 224, 100)}
+
+
+@pytest.mark.parametrize("plan", ["divprune(keep=128) + pyramiddrop()", "fastv(layer=2, keep=0.5)", "full"])
+def test_reports_know_which_layers_had_a_token(plan: str) -> None:
+    import mmfast
+
+    model, processor = mmfast.load_default()
+    inputs = prepare(processor, "what color is the star?", Image.new("RGB", (64, 64), "red"))
+    with mmfast.accelerate(model, plan) as fast:
+        model.generate(**inputs, max_new_tokens=1)
+    found = fast.report()
+    alive = found.media[0].layers_alive
+    assert alive is not None
+    per_layer = [int((alive > layer).sum()) for layer in range(len(found.tokens_per_layer[0]))]
+    assert per_layer == [count - found.text_tokens[0] for count in found.tokens_per_layer[0]]
+    assert (alive > 0).nonzero().squeeze(-1).tolist() == found.media[0].entered_indices.tolist()
+
+
+def test_the_time_line_counts_each_frame() -> None:
+    layout = Layout.grid(1, 2, frames=3, modality="video")
+    clip = MediaRecord(0, "video", 6, 3, 1, torch.tensor([0, 1, 2]), torch.tensor([1]), layout)
+    media = Media(("a",), (), stills(3), (0.0, 1.5, 3.0))
+    content = time_line(shown_frames(report("random(keep=1)", clip), media) or [])
+    assert re.findall(r"<title>(.*?)</title>", content) == [
+        "0.0 s: 2 tokens, 2 enter, 1 read by the last layer",
+        "1.5 s: 2 tokens, 1 enter, 0 read by the last layer",
+        "3.0 s: 2 tokens, 0 enter, 0 read by the last layer",
+    ]
+    heights = [float(str(bar["height"])) for bar in Tags(content).named("rect")]
+    assert heights == [100, 100, 50, 100, 50, 0, 100, 0, 0]
+    assert time_line(shown_frames(report("full", record(Layout.grid(2, 2))), Media(("a",), stills(1))) or []) == ""
+
+
+def test_frames_that_a_model_takes_for_images_have_a_time_line_too() -> None:
+    media = Media(("a",), (), stills(2), (0.0, 1.0))
+    shown = shown_frames(report("full", record(Layout.grid(2, 2), [0]), record(Layout.grid(2, 2))), media) or []
+    titles = re.findall(r"<title>(.*?)</title>", time_line(shown))
+    assert titles == [
+        f"{second}.0 s: 4 tokens, {n} enter, {n} read by the last layer" for second, n in ((0, 1), (1, 4))
+    ]
+
+
+def test_only_plans_that_drop_something_can_be_stepped_through() -> None:
+    sections = small_page(comparison(1.0, 0.5)).split("<section>")
+    assert ['type="range"' in section for section in sections] == [False, False, True]
 
 
 def test_figures_are_shares_of_the_full_model() -> None:

@@ -35,7 +35,9 @@ ROOMS = {
     "zoo": ("mmfast.zoo",),
     "training": ("mmfast.training",),
     "bench": ("mmfast.bench",),
-    "cli": ("mmfast.cli", "mmfast.__main__"),
+    # What people see: the command line and the page in a browser.
+    "cli": ("mmfast.cli", "mmfast.ui", "mmfast.__main__"),
+    "page": ("mmfast.page",),
     "adapters": ("mmfast.adapters",),
     "eval": ("mmfast.eval", "mmfast.eval.datasets.shapes.task"),
     "world": ("mmfast.eval.datasets.shapes",),
@@ -58,11 +60,12 @@ ALLOWED: dict[str, set[str]] = {
     "zoo": {"core"},
     # The rendered world is what the embedded model, and heads for it, are trained on.
     "training": {"public", "media", "speculative", "world"},
-    "eval": {"public", "media", "world"},
+    "eval": {"public", "media", "world", "page"},
     "world": {"core"},
     "bench": {"public", "core", "kernels", "accelerate"},
     "adapters": {"core", "kernels", "token_pruning", "kv", "speculative", "plan"},
-    "cli": {"public", "core", "plan", "accelerate", "media", "zoo", "eval", "world", "training", "bench"},
+    "cli": {"public", "core", "plan", "accelerate", "media", "zoo", "eval", "world", "training", "bench", "page"},
+    "page": set(),
 }
 
 # (room, room) -> the only names that pass. Written as `from mmfast.adapters import for_model`.
@@ -71,11 +74,11 @@ DOORS = {
     ("accelerate", "media"): {"prefetched"},
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
-    ("training", "adapters"): {"load_pretrained", "prepare"},
+    ("training", "adapters"): {"add_compression_tokens", "load_pretrained", "prepare"},
     ("bench", "adapters"): {"attention_backends", "random_model", "random_model_budgets"},
-    # The loop prepares and times as every other measurement does.
+    # The loop prepares and times as every other measurement does; lmms-eval names models by their id.
     ("eval", "accelerate"): {"timed_generate"},
-    ("eval", "adapters"): {"prepare"},
+    ("eval", "adapters"): {"load_pretrained", "prepare"},
     ("cli", "kernels"): {"available"},
     ("cli", "adapters"): {"attention_backends", "families", "importable", "load_pretrained", "prepare"},
 }
@@ -90,6 +93,9 @@ HOMES = {
     "decord": {"media"},
     "torchcodec": {"media"},
     "rich": {"cli"},
+    "ray": {"eval"},
+    "lmms_eval": {"eval"},
+    "gradio": {"cli"},
 }
 
 
