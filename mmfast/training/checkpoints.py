@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,11 @@ def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, s
         return 0
     run: dict[str, Any] = json.loads((places[-1] / "run.json").read_text(encoding="utf-8"))
     mine = asdict(settings)
-    differing = [n for n in mine if n not in _FREE and run["settings"].get(n) != mine[n]]
+    # A setting that is younger than the checkpoint was at its default.
+    theirs = {**{field.name: field.default for field in fields(settings)}, **run["settings"]}
+    differing = [n for n in mine if n not in _FREE and theirs[n] != mine[n]]
     if differing:
-        listed = ", ".join(f"{n}={run['settings'].get(n)!r} (now {mine[n]!r})" for n in differing)
+        listed = ", ".join(f"{n}={theirs[n]!r} (now {mine[n]!r})" for n in differing)
         raise ValueError(
             f"the checkpoint {places[-1]} was written with {listed}; train into another folder, or take those settings"
         )

@@ -57,6 +57,18 @@ class Objective(nn.Module, ABC):
             done: share of the steps taken, 0 to 1, for schedules.
         """
 
+    def begin(self, folder: Path, part: int, parts: int) -> None:
+        """Make what must be there before the first step, or find it in the folder of the run.
+
+        Every process calls this, and waits for the others before the first step.
+
+        Args:
+            folder: of the run.
+            part: which process this is, from 0; what takes long is shared among them.
+            parts: number of processes.
+        """
+        del folder, part, parts
+
     def describe(self, batch: Any) -> str:
         """Name the examples of a batch, for messages; "" where nothing is known of them."""
         return ""
@@ -66,9 +78,18 @@ class Objective(nn.Module, ABC):
         embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
         return [p for p in self.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embeddings]
 
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """What is trained by AdamW, in parts, each with its learning rate as a share of that of the settings."""
+        return [([p for p in self.parameters() if p.requires_grad], 1.0)]
+
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write what was learned, in the form in which it is used."""
+
+    def evaluate(self, folder: Path) -> Mapping[str, float]:
+        """Measure what was exported to a folder; the figures end up beside those of the last step."""
+        del folder
+        return {}
 
 
 class BadExample(ValueError):

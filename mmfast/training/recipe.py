@@ -9,8 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mmfast.training.compression import Compression
 from mmfast.training.conversations import ConversationFile, Source, WorldSource
+from mmfast.training.draft_heads import DraftHead
+from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.gates import Gates
 from mmfast.training.objective import Objective
+from mmfast.training.projectors import Projectors
 from mmfast.training.settings import Settings
 from mmfast.training.supervised import Supervised
 
@@ -127,7 +132,38 @@ def _supervised(model: Any, processor: Any, source: Source, options: Mapping[str
     return Supervised(model, processor, source, **options)
 
 
-OBJECTIVES: dict[str, Build] = {"supervised": _supervised}
+def _voco(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
+    known = ("tokens", "hide_prefix", "loss", "kd_weight", "temperature", "trained")
+    _known(options, known, "field of [objective]")
+    return Compression(model, processor, source, **options)
+
+
+def _gates(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
+    _known(options, ("plan", "trained", "model_rate"), "field of [objective]")
+    if "plan" not in options:
+        raise ValueError("[objective] of kind 'gates' must say plan, such as \"dynamic_llava(keep=0.2)\"")
+    return Gates(model, processor, source, **options)
+
+
+def _projector(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
+    _known(options, ("method", "keep", "per_step", "trained", "model_rate"), "field of [objective]")
+    if not {"method", "keep"} <= set(options):
+        raise ValueError("[objective] of kind 'projector' must say method and keep, such as \"m3_pool()\" and [4, 16]")
+    return Projectors(model, processor, source, **options)
+
+
+def _draft_head(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
+    _known(options, tuple(field.name for field in fields(HeadOptions)), "field of [objective]")
+    return DraftHead(model, processor, source, HeadOptions(**options))
+
+
+OBJECTIVES: dict[str, Build] = {
+    "draft_head": _draft_head,
+    "supervised": _supervised,
+    "gates": _gates,
+    "projector": _projector,
+    "voco": _voco,
+}
 """Kind of objective -> what makes it from model, processor, data and options."""
 
 

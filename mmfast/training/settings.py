@@ -24,6 +24,8 @@ class Settings:
         schedule: how it falls.
         final: what is left of the peak at the end.
         clip: largest norm of the gradient; 0 for none.
+        clip_value: largest entry of the gradient, before that; 0 for none.
+        adam_beta2: how slowly AdamW forgets squared gradients; beside Muon it is 0.98.
         precision: ``"no"`` computes as the weights are stored, ``"bf16"`` under autocast.
         seed: of the data and of everything that is drawn.
         checkpoint_every: steps between checkpoints.
@@ -50,6 +52,8 @@ class Settings:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final: float = 0.02
     clip: float = 1.0
+    clip_value: float = 0.0
+    adam_beta2: float = 0.999
     precision: Literal["no", "bf16"] = "no"
     seed: int = 0
     checkpoint_every: int = 500
@@ -62,13 +66,15 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name}={value!r} must be an int of at least {bound}")
-        for name in ("learning_rate", "other_rate", "weight_decay", "clip"):
+        for name in ("learning_rate", "other_rate", "weight_decay", "clip", "clip_value"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
         for name in ("decay_from", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2={self.adam_beta2!r} must be at least 0 and below 1")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} must divide batch={self.batch}")
         choices = {

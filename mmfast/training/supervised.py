@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from mmfast.training.objective import BadExample, Loss, Objective
 
 IGNORED = -100
 
-Trained = Literal["all", "language", "projector", "plan"]
+Trained = Literal["all", "language", "projector", "language+projector", "plan"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Supervised(Objective):
         processor: its processor.
         source: what it is taught.
         plan: at work while it learns: a model trained with dropped tokens bears dropping, and its steps are shorter.
-        trained: ``"all"``, ``"language"`` (decoder and output layer), ``"projector"``, or ``"plan"``: only the learned
-            parts of the plan's methods.
+        trained: ``"all"``, ``"language"`` (decoder and output layer), ``"projector"``, ``"language+projector"``, or
+            ``"plan"``: only the learned parts of the plan's methods.
 
     Raises:
         ValueError: for another word, or if nothing is left to train.
@@ -73,12 +74,22 @@ class Supervised(Objective):
 
     def forward(self, batch: Taught, done: float) -> Loss:
         """Compute the loss of the answers."""
-        del done
         place = next(self.model.parameters()).device
         inputs = {name: value.to(place) for name, value in batch.inputs.items()}
-        logits = self.model(**inputs, use_cache=False).logits
-        loss, right = answer_loss(logits, batch.labels.to(place))
-        return Loss(loss, {"tokens_right": right})
+        labels = batch.labels.to(place)
+        with self._lesson(labels != IGNORED, done) as lesson:
+            logits = self.model(**inputs, use_cache=False).logits
+        loss, right = answer_loss(logits, labels)
+        if self.fast is None:
+            return Loss(loss, {"tokens_right": right})
+        added = self.fast.training_losses(lesson)
+        figures = {"answers": float(loss.detach()), **{name: float(own.detach()) for name, own in added.items()}}
+        total = sum((own.to(loss.device) for own in added.values()), loss)
+        return Loss(total, {"tokens_right": right, **(figures if added else {}), **lesson.figures})
+
+    def _lesson(self, answers: Tensor, done: float) -> AbstractContextManager[Any]:
+        """Tell the methods at work where the answers are: what a prompt decides, it decides before them."""
+        return nullcontext() if self.fast is None else self.fast.training(answers, done=done)
 
     def describe(self, batch: Taught) -> str:
         """Name the conversations."""
@@ -111,12 +122,13 @@ def answer_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     return loss, float((rows.argmax(dim=-1) == wanted).float().mean())
 
 
-def encode(processor: Any, conversations: Sequence[Conversation]) -> Taught:
+def encode(processor: Any, conversations: Sequence[Conversation], num_compressed: int | None = None) -> Taught:
     """Bring conversations into the form the model takes, through its chat template.
 
     Args:
         processor: of the model.
         conversations: one per row.
+        num_compressed: compression tokens behind each image; None = as many as the processor says.
 
     Raises:
         BadExample: if the template does not write a conversation as its prompts and answers in turn.
@@ -126,6 +138,7 @@ def encode(processor: Any, conversations: Sequence[Conversation]) -> Taught:
         [c.turns[0][0] for c in conversations],
         [list(c.images) or None for c in conversations],
         [list(c.frames) or None for c in conversations],
+        num_compressed=num_compressed,
     )
     ids, tails = prompts["input_ids"], [_tail(processor, c) for c in conversations]
     longest = max(len(tail) for tail in tails)
@@ -220,17 +233,19 @@ def _without(whole: str, start: str, conversation: Conversation) -> str:
 
 def _choose(model: nn.Module, trained: str) -> None:
     """Ask for the gradients of what is trained, and of nothing else."""
+    language, projector = ("language_model", "lm_head"), ("projector", "merger", "connector")
     named = {
-        "all": lambda name: True,
-        "language": lambda name: "language_model" in name or "lm_head" in name,
-        "projector": lambda name: any(part in name for part in ("projector", "merger", "connector")),
-        "plan": lambda name: False,
+        "all": ("",),
+        "language": language,
+        "projector": projector,
+        "language+projector": (*language, *projector),
+        "plan": (),
     }
     if trained not in named:
         raise ValueError(f"trained={trained!r} must be one of {', '.join(named)}")
     chosen = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(named[trained](name))
+        parameter.requires_grad_(any(part in name for part in named[trained]))
         chosen += parameter.requires_grad
     if trained != "plan" and not chosen:
         raise ValueError(f"trained={trained!r} names no parameter of {type(model).__name__}")

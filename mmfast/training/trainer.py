@@ -50,7 +50,7 @@ def train(
         progress: show a progress bar, in the first process.
 
     Returns:
-        The figures of the last line of the log.
+        The figures of the last line of the log and, at the end, of what was exported.
 
     Raises:
         ImportError: if ``accelerate`` is missing; the extra ``mmfast[train]`` brings it.
@@ -82,6 +82,8 @@ class _Run:
     def go(self, *, resume: bool, stop_after: int | None) -> dict[str, float]:
         """Train from where the folder stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.objective.begin(self.folder, self.accelerator.process_index, self.accelerator.num_processes)
+        self.accelerator.wait_for_everyone()
         start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings) if resume else 0
         if self.accelerator.is_main_process:
             self._cut_log(start)
@@ -101,6 +103,7 @@ class _Run:
         if end == self.settings.steps and self.accelerator.is_main_process:
             self.objective.eval()
             self.objective.export(self.folder)
+            self.last = {**self.last, **self.objective.evaluate(self.folder)}
         self.accelerator.wait_for_everyone()
         return self.last
 
@@ -123,6 +126,8 @@ class _Run:
                     self.optimizer.zero_grad()
                     return loss
                 self.accelerator.backward(loss.total / settings.accumulate)
+        if settings.clip_value:
+            self.accelerator.clip_grad_value_(self.objective.parameters(), settings.clip_value)
         if settings.clip:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip)
         self.optimizer.step()
@@ -171,7 +176,12 @@ def optimizer_of(objective: Objective, settings: Settings) -> torch.optim.Optimi
     """Build the optimizer that the settings ask for, over everything that asks for gradients."""
     trained = [p for p in objective.parameters() if p.requires_grad]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        groups: list[dict[str, Any]] = [
+            {"params": part, "lr": settings.learning_rate * share} for part, share in objective.groups()
+        ]
+        return torch.optim.AdamW(
+            groups, settings.learning_rate, betas=(0.9, settings.adam_beta2), weight_decay=settings.weight_decay
+        )
     matrices = objective.matrices()
     chosen = {id(p) for p in matrices}
     return Muon(

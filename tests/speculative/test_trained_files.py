@@ -16,6 +16,11 @@ import mmfast
 from mmfast.registry import build
 from mmfast.speculative.base import Drafter
 from mmfast.training import draft_heads
+from mmfast.training.conversations import WorldSource
+from mmfast.training.draft_heads_answers import Answer, recall
+from mmfast.training.draft_heads_answers import write as answered
+from mmfast.training.draft_heads_evaluation import held_out
+from mmfast.training.draft_heads_options import HeadOptions
 from support.drafting import Toy, tokens_per_forward
 from support.heads import (
     HEADS,
@@ -221,12 +226,13 @@ def test_shipped_heads_are_for_the_embedded_model(name: str) -> None:
 
 
 @cache
-def recorded() -> tuple[Any, list[draft_heads.Answer]]:
+def recorded() -> tuple[Any, list[Answer]]:
     """Greedy answers of the embedded model to questions no head was trained on, written on past their end."""
     model, processor = mmfast.load_default()
-    recipe = draft_heads.Recipe(sampled=0.0, new_tokens=33)
-    asked = draft_heads.questions("heldout", 8, seed=7)
-    return model, draft_heads.collect(model, processor, asked, recipe, progress=False)
+    options = HeadOptions(sampled=0.0, new_tokens=33, held_out=8)
+    asked = held_out(WorldSource(seed=7), options)
+    rows = answered(model, processor, asked, range(8), options)
+    return model, [recall(model, processor, *pair, options) for pair in zip(asked, rows, strict=True)]
 
 
 def tau(drafter: Drafter) -> float:
@@ -263,7 +269,7 @@ def tau(drafter: Drafter) -> float:
 def test_shipped_heads_draft(name: str, tmp_path: Path) -> None:
     trained = tau(build(name, {}))
     model, _ = recorded()
-    head = draft_heads.new_head(model, draft_heads.Recipe(method=name))
+    head = draft_heads.new_head(model, HeadOptions(method=name))
     for parameter in head.parameters():
         parameter.data = torch.randn_like(parameter) * 0.5
     chance = tau(build(name, {"path": str(write(tmp_path, head, draft_heads.sizes(model)))}))

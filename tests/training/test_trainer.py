@@ -122,6 +122,43 @@ def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
     train(Line(), replace(SETTINGS, log_every=3), tmp_path, stop_after=1, progress=False)
 
 
+def test_a_setting_that_is_younger_than_a_checkpoint_was_at_its_default(tmp_path: Path) -> None:
+    train(Line(), SETTINGS, tmp_path, stop_after=4, progress=False)
+    run = checkpoints.found(tmp_path)[-1] / "run.json"
+    content = json.loads(run.read_text())
+    del content["settings"]["clip_value"]
+    run.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"clip_value=0.0 \(now 0.5\)"):
+        train(Line(), replace(SETTINGS, clip_value=0.5), tmp_path, progress=False)
+    assert train(Line(), SETTINGS, tmp_path, progress=False)["step"] == 12
+
+
+def test_entries_of_the_gradient_are_clipped(tmp_path: Path) -> None:
+    def largest(clip_value: float) -> float:
+        objective = Line()
+        settings = replace(SETTINGS, steps=1, clip=0.0, clip_value=clip_value)
+        train(objective, settings, tmp_path / str(clip_value), progress=False)
+        return max(float(p.grad.abs().max()) for p in objective.parameters() if p.grad is not None)
+
+    assert largest(0.0) > 0.02
+    assert largest(0.01) == pytest.approx(0.01)
+
+
+def test_what_comes_before_the_first_step_and_after_the_last(tmp_path: Path) -> None:
+    class Measured(Line):
+        def begin(self, folder: Path, part: int, parts: int) -> None:
+            (folder / "begun").write_text(f"{part} of {parts}, {len(self.parts)} steps")
+
+        def evaluate(self, folder: Path) -> dict[str, float]:
+            assert (folder / "exported").exists()
+            return {"worth": 2.0}
+
+    assert "worth" not in train(Measured(), SETTINGS, tmp_path, stop_after=4, progress=False)
+    assert (tmp_path / "begun").read_text() == "0 of 1, 0 steps"
+    figures = train(Measured(), SETTINGS, tmp_path, progress=False)
+    assert (figures["step"], figures["worth"]) == (12, 2.0)
+
+
 def test_checkpoints_hold_what_is_trained_alone(tmp_path: Path) -> None:
     train(Line(), SETTINGS, tmp_path, progress=False)
     found = checkpoints.found(tmp_path)
@@ -140,7 +177,16 @@ def test_nothing_to_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", 0), ("batch", True), ("accumulate", 3), ("learning_rate", -1.0), ("final", 2.0), ("schedule", "step")],
+    [
+        ("steps", 0),
+        ("batch", True),
+        ("accumulate", 3),
+        ("learning_rate", -1.0),
+        ("final", 2.0),
+        ("schedule", "step"),
+        ("adam_beta2", 1.0),
+        ("clip_value", -1.0),
+    ],
 )
 def test_settings_name_what_is_wrong(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
