@@ -13,6 +13,7 @@ import mmfast
 from mmfast.kv.base import Adjuster, Evictor, Forgetter, Packer, Retriever
 from mmfast.speculative.base import Drafter
 from mmfast.token_pruning.base import SIGNALS, BeforeLLM, Method
+from mmfast.token_pruning.compression_base import Compressor
 from mmfast.token_pruning.encoder_base import GROUPS
 from mmfast.token_pruning.frame_base import FrameSelector
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
@@ -24,6 +25,7 @@ KINDS = {
     "frames": FrameSelector,
     "before_llm": BeforeLLM,
     "in_llm": (LayerDropper, LayerBypass, LayerMask),
+    "compression": Compressor,
     "eviction": (Evictor, Adjuster, Forgetter),
     "retrieval": Retriever,
     "packing": Packer,
@@ -38,6 +40,7 @@ FOLDERS = {
     "dycoke": "dycoke_ttm",
     "holitom": "holitom_outer",
     "prunevid_llm": "prunevid",
+    "voco": "voco_mask",
 }
 """Methods whose vectors lie in a folder of another name."""
 
@@ -73,7 +76,8 @@ def test_every_folder_of_vectors_belongs_to_a_method() -> None:
 def test_the_name_is_that_of_the_file(info: mmfast.MethodInfo) -> None:
     assert Path(inspect.getfile(info.method)).stem == info.name
     folder = Path(inspect.getfile(info.method)).parent.name
-    assert info.stage == {"drafters": "decode"}.get(folder, folder) or info.stage == "cache"
+    stage = {"drafters": "decode", "compression": "in_llm"}.get(folder, folder)
+    assert info.stage == stage or info.stage == "cache"
     assert issubclass(info.method, KINDS[folder])
 
 

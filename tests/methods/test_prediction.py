@@ -10,7 +10,10 @@ from support.checks import generate
 from support.families import FAMILIES, Batch
 
 # How far a map can be pooled depends on its shape, so these cannot tell their count from a number of tokens.
-POOL = {"pool2d", "downsample", "dpn"}
+POOL = {
+    *("pool2d", "downsample", "dpn"),
+    *("llava_mini_resampler", "m3_pool", "oryx_compressor", "pool_adapter", "tokenpacker", "uhd_resampler"),
+}
 METHODS = [
     info
     for info in mmfast.methods()

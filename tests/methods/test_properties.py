@@ -25,7 +25,7 @@ INSIDE = mmfast.methods("in_llm")
 DROPPERS = [info for info in INSIDE if info.method.role == "reduce"]
 BYPASSES = [info for info in INSIDE if info.method.role == "bypass"]
 MASKS = [info for info in INSIDE if info.method.role == "mask"]
-WIDTH, DEPTH = 8, 8
+WIDTH, DEPTH = 16, 8
 sides = st.tuples(st.integers(1, 5), st.integers(1, 5))
 keeps = st.one_of(st.integers(1, 90), st.floats(0.01, 1.0))
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])
