@@ -14,6 +14,7 @@ from mmfast.eval.datasets import Shapes
 from mmfast.eval.task import Outcome, Sample, Scored, Task
 
 if TYPE_CHECKING:
+    from mmfast.eval.cluster import evaluate_on_ray
     from mmfast.eval.results import merge
     from mmfast.eval.runner import evaluate_shard
     from mmfast.eval.summary import Table, summarize
@@ -24,6 +25,7 @@ _HOME = {
     "Progress": "sweep",
     "Table": "summary",
     "evaluate": "sweep",
+    "evaluate_on_ray": "cluster",
     "evaluate_shard": "runner",
     "merge": "results",
     "summarize": "summary",
@@ -38,6 +40,7 @@ __all__ = [
     "Table",
     "Task",
     "evaluate",
+    "evaluate_on_ray",
     "evaluate_shard",
     "merge",
     "summarize",

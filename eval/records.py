@@ -198,3 +198,17 @@ class Run:
     header: Header
     records: tuple[Record, ...]
     hardware: tuple[Mapping[str, str | int], ...]
+
+
+def plain_text(value: object) -> str:
+    """Write what JSON does not know; of a callable its name, for its text holds an address in memory.
+
+    Example:
+        >>> plain_text(len), plain_text(3 + 4j)
+        ('builtins.len', '(3+4j)')
+    """
+    if not callable(value):
+        return str(value)
+    named = getattr(value, "func", value)
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.eval.loading import Prompt, batches, error_text, prepare_prompts, select
-from mmfast.eval.records import Header, Record
+from mmfast.eval.records import Header, Record, plain_text
 from mmfast.eval.task import Sample, Task
 from mmfast.measure import timed_generate
 
@@ -99,7 +99,7 @@ class Runner:
         self._weights = self._weights or fingerprint(self.model)
         return Header(
             task=task.name,
-            task_version=getattr(task, "version", 1),
+            task_version=task.version,
             task_options=task_options(task),
             metric=task.metric,
             chance=task.chance,
@@ -354,7 +354,7 @@ def task_options(task: Task) -> dict[str, Any]:
     """Return the options of a task as a file holds them; folders are left out, for they differ between machines."""
     options = {item.name: getattr(task, item.name) for item in fields(task) if item.init}
     kept = {name: value for name, value in options.items() if name != "root" and not isinstance(value, Path)}
-    found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    found: dict[str, Any] = json.loads(json.dumps(kept, default=plain_text))
     return found
 
 

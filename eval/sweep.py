@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 import mmfast
 from mmfast.eval.baselines import baseline_name, baselines, budget
 from mmfast.eval.loading import Prompt, ahead, batches, count_selected, select
+from mmfast.eval.records import Record
 from mmfast.eval.results import ResultsFile, file_name
 from mmfast.eval.runner import WARMUP, Runner
 from mmfast.eval.summary import Table, summarize
@@ -61,7 +63,7 @@ class _Job:
         return sum(max(0, self.questions - len(file.finished)) for file in self.files.values())
 
 
-class _Clock:
+class Clock:
     """Counts answers and tells whoever watches."""
 
     def __init__(self, total: int, watch: Callable[[Progress], None] | None) -> None:
@@ -69,6 +71,7 @@ class _Clock:
         self._begin = time.perf_counter()
 
     def tick(self, task: str, plan: str) -> None:
+        """Count one answer."""
         self._done += 1
         if self._watch is not None:
             passed = time.perf_counter() - self._begin
@@ -135,65 +138,111 @@ def evaluate(
         [('full', 2), ('uniform(keep=64)', 2)]
     """
     runner = Runner(model, processor, name=name, batch=batch, max_new_tokens=max_new_tokens, frames=frames)
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"tasks must have different names, got {names}; give each variant a folder of its own")
-    asked = list(dict.fromkeys(["full", *(mmfast.Plan.of(plan).to_text() for plan in plans)]))
-    for text in asked:
-        # Refused here, before hours were spent on the plans before it.
-        mmfast.accelerate(model, text).remove()
+    asked = asked_plans(tasks, plans)
+    refuse_unfit(model, asked)
     folder = Path(out)
     notes: list[str] = []
     with ExitStack() as stack:
         jobs = []
         for task in tasks:
             # The same questions in every shard: they decide which baselines are run.
-            first = list(itertools.islice(select(task, limit=limit, seed=seed), PILOT))
-            pilot = [prompt for sample in first for prompt in runner.prompts([sample])]
-            matched = _matched(runner, asked, pilot, notes) if with_baselines else []
+            pilot = pilot_prompts(runner, task, limit=limit, seed=seed)
             files = {}
-            for text in dict.fromkeys([*asked, *matched]):
+            for text in with_matched(runner, asked, pilot, notes) if with_baselines else asked:
                 header = replace(runner.header(task, text), limit=limit, seed=seed, shard=f"{shard[0]}/{shard[1]}")
                 path = folder / file_name(task.name, text, runner.name, shard)
                 files[text] = stack.enter_context(ResultsFile(path, header, retry_failed=retry_failed))
             jobs.append(_Job(task, files, pilot, count_selected(task, limit=limit, shard=shard)))
-        with _watching(progress) as watch:
-            clock = _Clock(sum(job.open for job in jobs), watch)
+        with watching(progress) as watch:
+            clock = Clock(sum(job.open for job in jobs), watch)
             for job in jobs:
-                _run(runner, job, select(job.task, limit=limit, seed=seed, shard=shard), clock)
+                finished = {plan: file.finished for plan, file in job.files.items()}
+                chosen = select(job.task, limit=limit, seed=seed, shard=shard)
+                for plan, record in answers(runner, job.task, finished, chosen, job.pilot):
+                    job.files[plan].append(record)
+                    clock.tick(job.task.name, plan)
     table = summarize([folder], tasks=tasks)
     return replace(table, notes=(*table.notes, *dict.fromkeys(notes)))
 
 
-def _matched(runner: Runner, asked: Sequence[str], pilot: Sequence[Prompt], notes: list[str]) -> list[str]:
-    """Return the baselines of all plans; of those that this model cannot run, say why."""
+def asked_plans(tasks: Sequence[Task], plans: Sequence[mmfast.Plan | str]) -> list[str]:
+    """Write each plan once, the full model first.
+
+    Raises:
+        ValueError: if two tasks have one name, or a plan cannot be read.
+
+    Example:
+        >>> asked_plans([], ["uniform(keep=64)", "uniform(keep = 64)"])
+        ['full', 'uniform(keep=64)']
+    """
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks must have different names, got {names}; give each variant a folder of its own")
+    return list(dict.fromkeys(["full", *(mmfast.Plan.of(plan).to_text() for plan in plans)]))
+
+
+def refuse_unfit(model: nn.Module, plans: Sequence[str]) -> None:
+    """Refuse plans that do not suit the model before hours are spent on those before them.
+
+    Raises:
+        ValueError: saying why the first of them does not.
+    """
+    for plan in plans:
+        mmfast.accelerate(model, plan).remove()
+
+
+def pilot_prompts(runner: Runner, task: Task, *, limit: int | None, seed: int | None) -> list[Prompt]:
+    """Prepare the first questions, the same in every shard: they decide which baselines are run."""
+    first = itertools.islice(select(task, limit=limit, seed=seed), PILOT)
+    return [prompt for sample in first for prompt in runner.prompts([sample])]
+
+
+def with_matched(runner: Runner, asked: Sequence[str], pilot: Sequence[Prompt], notes: list[str]) -> list[str]:
+    """Add to the plans the baselines of all of them; of those that this model cannot run, note why."""
     found: list[str] = []
     full = runner.reports("full", pilot)
     for plan in asked:
         keep = None if baseline_name(plan) else budget(runner.reports(plan, pilot), full)
         found += baselines(keep) if keep is not None else []
+    kept = list(asked)
     for text in [text for text in dict.fromkeys(found) if text not in asked]:
         try:
             reports = runner.reports(text, pilot)
         except ValueError as error:
             notes.append(f"baseline {text} was left out: {error}")
-            found = [other for other in found if other != text]
         else:
-            if not any(reports):
+            if any(reports):
+                kept.append(text)
+            else:
                 notes.append(f"baseline {text} was left out: it failed on all of the first {len(pilot)} questions")
-                found = [other for other in found if other != text]
-    return found
+    return kept
 
 
-def _run(runner: Runner, job: _Job, samples: Iterator[Sample], clock: _Clock) -> None:
-    """Answer what is not answered yet; plans take turns, and another one begins each time."""
-    warm = runner.batch > 1
-    turns = _turns(runner, job, samples)
+def answers(
+    runner: Runner,
+    task: Task,
+    finished: Mapping[str, AbstractSet[str]],
+    samples: Iterator[Sample],
+    pilot: Sequence[Prompt],
+) -> Iterator[tuple[str, Record]]:
+    """Answer what is not answered yet; plans take turns, and another one begins each time.
+
+    Args:
+        runner: the model.
+        task: the data set.
+        finished: every plan, with the ids of the samples it has answered.
+        samples: of one shard.
+        pilot: prompts to warm up with before the first question that is timed; empty if this was done.
+
+    Yields:
+        A plan and its answer to one sample.
+    """
+    warm = runner.batch > 1 or not pilot
+    turns = _turns(runner, finished, samples)
+    plans = list(finished)
     for number, (groups, prepared) in enumerate(turns if runner.batch == 1 else ahead(turns)):
-        plans = list(job.files)
         for plan in plans[number % len(plans) :] + plans[: number % len(plans)]:
-            file = job.files[plan]
-            missing = [tuple(s for s in group if s.sample_id not in file.finished) for group in groups]
+            missing = [tuple(s for s in group if s.sample_id not in finished[plan]) for group in groups]
             prompts = []
             for group in filter(None, missing):
                 key = tuple(sample.sample_id for sample in group)
@@ -201,15 +250,14 @@ def _run(runner: Runner, job: _Job, samples: Iterator[Sample], clock: _Clock) ->
                     prepared[key] = runner.prompts(group)
                 prompts += prepared[key]
             if prompts and not warm:
-                _warm_up(runner, job)
+                _warm_up(runner, plans, pilot)
                 warm = True
-            for record in runner.answer(job.task, plan, prompts):
-                file.append(record)
-                clock.tick(job.task.name, plan)
+            for record in runner.answer(task, plan, prompts):
+                yield plan, record
 
 
 def _turns(
-    runner: Runner, job: _Job, samples: Iterator[Sample]
+    runner: Runner, finished: Mapping[str, AbstractSet[str]], samples: Iterator[Sample]
 ) -> Iterator[tuple[list[tuple[Sample, ...]], dict[tuple[str, ...], list[Prompt]]]]:
     """Yield the questions of one turn, and what is prepared of them for all plans together."""
     groups = batches(samples, runner.batch)
@@ -217,19 +265,19 @@ def _turns(
         prepared = {}
         for group in turn:
             key = tuple(sample.sample_id for sample in group)
-            if any(file.finished.isdisjoint(key) for file in job.files.values()):
+            if any(done.isdisjoint(key) for done in finished.values()):
                 prepared[key] = runner.prompts(group)
         yield turn, prepared
 
 
-def _warm_up(runner: Runner, job: _Job) -> None:
-    prompts = list(itertools.islice(itertools.cycle(job.pilot), WARMUP))
-    for plan in job.files:
+def _warm_up(runner: Runner, plans: Sequence[str], pilot: Sequence[Prompt]) -> None:
+    prompts = list(itertools.islice(itertools.cycle(pilot), WARMUP))
+    for plan in plans:
         runner.reports(plan, prompts)
 
 
 @contextmanager
-def _watching(progress: bool | Callable[[Progress], None]) -> Iterator[Callable[[Progress], None] | None]:
+def watching(progress: bool | Callable[[Progress], None]) -> Iterator[Callable[[Progress], None] | None]:
     """Turn ``progress`` into what is called after every answer."""
     if not isinstance(progress, bool):
         yield progress

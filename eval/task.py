@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 from PIL import Image
 
-Media = Literal["image", "video", "text"]
+Media = Literal["image", "video", "text", "mixed"]
+"""What the questions of a task are about; "mixed" for data in which they differ."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Task(ABC):
         max_new_tokens: tokens an answer may have.
         chance: the headline of blind guessing, in its own scale; 0.0 for open questions.
         paper: where the data set was published.
+        version: raised with every change of its questions or its scorer, so that results before and after are never
+            mixed.
     """
 
     name: ClassVar[str]
@@ -97,6 +100,7 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 16
     chance: ClassVar[float] = 0.0
     paper: ClassVar[str] = ""
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:

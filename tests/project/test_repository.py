@@ -17,7 +17,7 @@ LONGEST_FILE = 500
 
 # The interpreter of triton can only be chosen by its own variable, and launchers such as torchrun tell a process its
 # number in these two; the library reads no other.
-ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "WORLD_SIZE"}
+ENVIRONMENT = {"TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
 def python_files(folders: tuple[str, ...]) -> list[Path]:
