@@ -104,7 +104,7 @@ def compression_tokens(owner: Any) -> CompressionTokens | None:
         True
     """
     tokenizer = getattr(owner, "tokenizer", None)
-    known = getattr(owner.config, _KEY, None) if tokenizer is None else tokenizer.init_kwargs.get(_KEY)
+    known = getattr(owner.config, _KEY, None) if tokenizer is None else getattr(tokenizer, "init_kwargs", {}).get(_KEY)
     return CompressionTokens(**known) if isinstance(known, Mapping) else None
 
 
@@ -130,7 +130,7 @@ def split_compressed(processor: Any, inputs: Mapping[str, Any]) -> tuple[dict[st
         >>> _ = add_compression_tokens(model, processor, tokens=2)
         >>> image, question = split_compressed(processor, prepare(processor, "red?", Image.new("RGB", (64, 64))))
         >>> tuple(image["input_ids"].shape), processor.decode(question)
-        ((1, 260), ' red?<|assistant|>')
+        ((1, 260), 'red?<|assistant|>')
     """
     ids, known = inputs["input_ids"], compression_tokens(processor)
     places = [] if known is None else (ids == known.token_id).any(dim=0).nonzero().flatten().tolist()
@@ -163,8 +163,8 @@ def settled_tokens(adapter: Adapter, plan: Plan) -> Plan:
             )
         if adapter.reads_both_ways:
             raise ValueError(
-                f"method {method.name!r} is not possible for model type {adapter.model.config.model_type!r}, which reads "
-                "prompts in both directions: what stands for an image would depend on the question"
+                f"method {method.name!r} is not possible for model type {adapter.model.config.model_type!r}, which "
+                "reads prompts in both directions: what stands for an image would depend on the question"
             )
         if getattr(method, "hide_prefix", "") is None:
             methods[place] = replace(method, hide_prefix=known.hide_prefix)  # type: ignore[call-arg]
@@ -210,7 +210,7 @@ def _marked(adapter: Adapter, inner: Inner, embeds: Tensor) -> Tensor:
     if inner.input_ids is not None:
         return inner.input_ids == known.token_id
     table = adapter.base.get_input_embeddings()
-    row = table(torch.tensor(known.token_id, device=table.weight.device)).to(embeds)
+    row: Tensor = table(torch.tensor(known.token_id, device=table.weight.device)).to(embeds)
     return (embeds == row).all(dim=-1)
 
 

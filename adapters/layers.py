@@ -19,6 +19,7 @@ from mmfast.adapters.masks import gather_positions, gather_rows, head_mask, laye
 from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.teaching import hide_softly, refuse_unteachable
+from mmfast.token_pruning.base import Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerEvent
 from mmfast.token_pruning.weights import Learner, Lesson, MaskLearner
 
@@ -47,8 +48,9 @@ class LayerRunner:
     @property
     def learners(self) -> dict[str, Learner]:
         """Name -> method that has learned parts to train."""
-        inside = (self.dropper, self.bypasser and self.bypasser.method)
-        return {method.name: method for method in inside if method is not None and isinstance(method, Learner)}
+        inside: list[Method] = [] if self.dropper is None else [self.dropper]
+        inside += [] if self.bypasser is None else [self.bypasser.method]
+        return {method.name: method for method in inside if isinstance(method, Learner)}
 
     def learned(self) -> nn.ModuleDict:
         """Return the learned parts of the methods."""
@@ -308,7 +310,9 @@ class LayerRunner:
         reading = self.reader.read(inner, index, self.dropper.request(event), layer, hidden, new)
         if inner.gates_learn and isinstance(self.dropper, MaskLearner):
             prompts = self.reader.prompts(inner, level, hidden, reading)
-            hide_softly(self.adapter, inner, event, level, [(r, self.dropper.training_mask(t, event)) for r, _, t in prompts])
+            hide_softly(
+                self.adapter, inner, event, level, [(r, self.dropper.training_mask(t, event)) for r, _, t in prompts]
+            )
             return None
         keep, states = self._choose(inner, level, event, hidden, reading)
         inner.selection_marks.append((begin, self.recorder.watch.mark()))

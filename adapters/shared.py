@@ -40,9 +40,9 @@ class PrefixLayer:
         slots: ``[P]`` int64, place of each entry in the prompt.
         heads: bool ``[G, P]``, entries that exist in each head; None = all.
         bias: float32 ``[G, P]``, added to the logits; None = nothing.
+        window: sliding window in places, or None.
         positions: ``[P]`` int64, the position id each key was rotated to; -1 where it has several dimensions that
             differ, None = not known.
-        window: sliding window in places, or None.
     """
 
     keys: Tensor
@@ -50,8 +50,8 @@ class PrefixLayer:
     slots: Tensor
     heads: Tensor | None = None
     bias: Tensor | None = None
-    positions: Tensor | None = None
     window: int | None = None
+    positions: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
@@ -293,13 +293,17 @@ def _joined_layer(adapter: Adapter, index: int, parts: Sequence[PrefixLayer]) ->
     layer = adapter.layers[index]
     keys = []
     for part, known, own in zip(parts, turned, places.split([len(known) for known in turned]), strict=True):
-        old, new = (
-            tuple(table[0] for table in adapter.rotary(layer, part.keys, adapter.text_positions(where)))
-            for where in (known, own)
-        )
+        old, new = (_tables(adapter, layer, part.keys, where) for where in (known, own))
         keys.append(rerotate(part.keys[None], old, new)[0])
     values = torch.cat([part.values for part in parts], dim=1)
     return PrefixLayer(torch.cat(keys, dim=1), values, places, positions=places, window=parts[0].window)
+
+
+def _tables(adapter: Adapter, layer: nn.Module, keys: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines ``[n, r]`` of text at some positions."""
+    cos, sin = adapter.rotary(layer, keys, adapter.text_positions(places))
+    # Where positions have several dimensions, those of text are alike.
+    return cos.flatten(0, -3)[0], sin.flatten(0, -3)[0]
 
 
 @torch.no_grad()

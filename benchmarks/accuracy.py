@@ -175,6 +175,7 @@ def main() -> int:
         info
         for info in mmfast.methods()
         if info.stage in ("before_llm", "in_llm")
+        and info.kind != "Compressor"
         and (not options.methods or info.name in SEEDED or info.name in options.methods)
     ]
     content: dict[str, Any] = {"questions": len(records), "methods": {}}

@@ -189,7 +189,10 @@ def main() -> int:
     listed = [
         info
         for info in mmfast.methods()
-        if info.stage in ("before_llm", "in_llm") and (not options.methods or info.name in options.methods)
+        if info.stage in ("before_llm", "in_llm")
+        # What needs a model of its own is measured by voco.py.
+        and info.kind != "Compressor"
+        and (not options.methods or info.name in options.methods)
     ]
     model = build(device)
     inputs = prompt(model)

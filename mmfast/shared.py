@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,47 @@ class SharedContext:
         asked, ends = asked_ids(questions, max_new_tokens, ends)
         found: list[list[int]] = self._prefix.generate(asked, max_new_tokens, ends)
         return found
+
+    @staticmethod
+    def joined(contexts: Sequence[SharedContext]) -> SharedContext:
+        """Put contexts one after the other, so that questions go on from all of them.
+
+        Each was read alone, at positions of its own: its keys are turned so that the entries of all stand at
+        consecutive positions, in the order given. This is how frames of a video, or images out of a store, that were
+        compressed one by one under the plan ``voco()`` become one memory.
+
+        Args:
+            contexts: of one model, at least one.
+
+        Raises:
+            ValueError: if there is none, their models differ, or a plan left entries that cannot be turned.
+
+        Example:
+            >>> import mmfast
+            >>> from mmfast.adapters import add_compression_tokens, prepare
+            >>> from PIL import Image
+            >>> model, processor = mmfast.load_default()
+            >>> _ = add_compression_tokens(model, processor, tokens=2)
+            >>> read = [prepare(processor, "look", Image.new("RGB", (64, 64), name)) for name in ("red", "blue")]
+            >>> frames = [mmfast.SharedContext(model, inputs, "voco()") for inputs in read]
+            >>> len(mmfast.SharedContext.joined(frames).ask([[5, 6]], max_new_tokens=2)[0]) <= 2
+            True
+        """
+        from mmfast.adapters import for_model
+
+        if not contexts:
+            raise ValueError("contexts must hold at least one context, got none")
+        if len({context._model_key for context in contexts}) > 1:
+            raise ValueError("contexts were made by models of different weights or configurations; use those of one")
+        first = contexts[0]
+        joined = SharedContext.__new__(SharedContext)
+        joined.plan, joined._model_key = first.plan, first._model_key
+        adapter = for_model(first._prefix.adapter.model)
+        joined._prefix = adapter.contexts.joined([context._prefix for context in contexts])
+        joined.key = hashlib.sha256("\n".join(context.key for context in contexts).encode()).hexdigest()
+        name = type(adapter.model).__name__
+        joined.report = Report(first.plan.to_text(), name, adapter.shape, note=f"joined from {len(contexts)} contexts")
+        return joined
 
     @property
     def kv_bytes(self) -> int:

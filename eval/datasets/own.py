@@ -38,7 +38,7 @@ class Own(ChoiceTask):
     """
 
     name: ClassVar[str] = "own"
-    media: ClassVar[Media] = "image"
+    media: ClassVar[Media] = "mixed"
     splits: ClassVar[tuple[str, ...]] = ("all",)
     source: ClassVar[str] = "nothing, but write a table with media, question and answer"
     layout: ClassVar[tuple[str, ...]] = ("data.jsonl (or .json, .csv, .tsv, .parquet) and the files it names",)

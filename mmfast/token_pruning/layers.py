@@ -13,6 +13,7 @@ from torch import Tensor
 from mmfast.budget import average_of, check_keep, count, resolve_layer, solve_average, truncated_count
 from mmfast.token_pruning.attention import AttentionView
 from mmfast.token_pruning.base import Method, Positions, check_choice, top_indices
+from mmfast.token_pruning.weights import Lesson
 from mmfast.tokens import Keep, Layout
 
 
@@ -37,10 +38,9 @@ class LayerRequest:
 
     Attributes:
         layer: the layer whose attention is read.
-        ahead: read the layer's own attention from its input before the layer runs, which lets that
-            layer already work on fewer tokens; otherwise it is read while the layer runs.
-        queries: ``"last"`` promises to look at the row of the last prompt token only, which spares the
-            other queries when reading ahead.
+        ahead: read the layer's own attention from its input before the layer runs, which lets that layer already work
+            on fewer tokens; otherwise it is read while the layer runs.
+        queries: ``"last"`` looks at the row of the last prompt token only, which spares others when reading ahead.
         rotary: False reads queries and keys without rotary position embedding.
         values: whether values are needed too, when reading ahead.
     """
@@ -59,8 +59,8 @@ class LayerTokens:
     Attributes:
         hidden: ``[n, D]`` hidden states of the prompt's tokens at the input of the layer.
         candidates: ``[V]`` int64, ascending: the positions in ``hidden`` of droppable visual tokens.
-        origin: ``[V]`` int64, number of each candidate among the visual tokens that entered the
-            language model (0-based, newline tokens not counted); -1 for text, where a bypass routes it too.
+        origin: ``[V]`` int64, number of each candidate among the visual tokens that entered the language model
+            (0-based, newline tokens not counted); -1 for text, where a bypass routes it too.
         media: ``[V]`` int64, which image or video of the prompt each candidate belongs to; -1 for text.
         total: number of droppable visual tokens that entered the language model.
         media_totals: the same per image or video.
@@ -72,12 +72,12 @@ class LayerTokens:
             the totals of the images before); empty where not known.
         attention: attention of the layer asked for in ``request``; else None.
         embeds: ``[n, D]`` embeddings with which the tokens entered, if ``"embeds"`` is in ``needs``.
-        normed: ``[n, D]`` ``hidden`` through the model's final norm (``"final_norm"``) or through the
-            input norm of the layer (``"layer_norm"``), if in ``needs``.
+        normed: ``[n, D]`` ``hidden`` through the final norm (``"final_norm"``) or the layer's (``"layer_norm"``).
         activations: ``[n, M]`` input of the down projection of the layer before (``"activations"``).
         signals: tensors of ``vision_signals``, per candidate.
-        memory: what the method wants to remember from one event of a prompt to the next; it may write
-            here and nowhere else.
+        memory: what the method remembers from one event of a prompt to the next; it may write here alone.
+        lesson: set where learned parts follow their training form.
+        answers: ``[n]`` bool, which tokens are answers, in a lesson.
     """
 
     hidden: Tensor
@@ -96,6 +96,8 @@ class LayerTokens:
     activations: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
+    lesson: Lesson | None = None
+    answers: Tensor | None = None
 
     @property
     def last_token(self) -> int:
@@ -419,8 +421,7 @@ class Route:
 
     Attributes:
         selected: ``[S]`` int64, ascending indices into ``candidates``: the tokens that take part.
-        gate: ``[V]`` float32 weight of each candidate: it multiplies what the feed-forward part adds to
-            a token that takes part; None = 1.
+        gate: ``[V]`` float32, multiplies what the feed-forward part adds to a token that takes part; None = 1.
         skipped: ``[V]`` float32 factor of the hidden state of a token that does not; None = 1.
         states: ``[V, D]`` hidden states that frozen tokens show to this layer instead of their own.
     """
@@ -435,10 +436,9 @@ class Route:
 class LayerBypass(Method):
     """Let some visual tokens go around a layer; none is dropped for good.
 
-    What a token that does not take part still does is the class's ``bypass``: ``"skip"`` nothing, and
-    the layer's cache does not hold it; ``"freeze"`` it shows its key and value, so that others attend
-    to it, and stays as it is; ``"attention"`` it takes no part in attention but runs the feed-forward
-    part.
+    What a token that does not take part still does is the class's ``bypass``: ``"skip"`` nothing, and the layer's
+    cache does not hold it; ``"freeze"`` it shows its key and value, so that others attend to it, and stays as it is;
+    ``"attention"`` it takes no part in attention but runs the feed-forward part.
     """
 
     kind: ClassVar[str] = "LayerBypass"

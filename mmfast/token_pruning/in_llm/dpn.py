@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from mmfast.budget import truncated_count
 from mmfast.registry import register
 from mmfast.token_pruning.layers import LayerEvent, LayerTokens, Schedule
-from mmfast.token_pruning.weights import check_path, prepared
+from mmfast.token_pruning.weights import Lesson, check_path, prepared, taught
 from mmfast.tokens import Keep
 
 STRIDES: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2))
@@ -38,6 +38,9 @@ class DynamicPyramid(Schedule):
     router reads a special token at the end of the question, and positions are renumbered
     (``positions="compact"``). Without ``weights`` the routers are random, their probabilities all close
     to one third (mechanics only).
+
+    In training strides are drawn (:func:`draw_expert`) and pushed to be coarse (:func:`hinge_loss`); with ``keep`` they
+    are those of use, and nothing pushes.
 
     Weights, for each step i, hidden size D and d = D // 4: ``routers.<i>.norm.weight`` and ``.bias``
     ``[D]``, ``routers.<i>.reduce.weight`` ``[d, D]``, ``routers.<i>.choose.weight`` ``[3, d]``.
@@ -86,13 +89,28 @@ class DynamicPyramid(Schedule):
         state = tokens.hidden[tokens.last_token]
         steps = len(self.steps(event.depth))
         probability = prepared(self, DpnRouters, (state.numel(), steps), state.device)(state, event.step)
+        sizes = [sum(_cells(height, width, stride) for _, height, width in maps) for stride in STRIDES]
         if self.keep is None:
-            expert = int(probability.argmax())
+            drawn = tokens.lesson is not None and tokens.lesson.noise
+            expert = draw_expert(probability, sizes) if drawn else int(probability.argmax())
+            if tokens.lesson is not None:
+                tokens.lesson.note("stride", (event.step, probability))
         else:
-            sizes = [sum(_cells(height, width, stride) for _, height, width in maps) for stride in STRIDES]
             target = truncated_count(max(fraction, 1e-9), tokens.total)
             expert = min(range(len(sizes)), key=lambda index: (sizes[index] < target, sizes[index]))
         return _pooled(tokens, maps, STRIDES[expert], probability[expert])
+
+    def learned(self, width: int, depth: int, device: torch.device) -> DpnRouters:
+        """Return the routers."""
+        return taught(self, DpnRouters, (width, len(self.steps(depth))), device)
+
+    def training_loss(self, lesson: Lesson) -> Mapping[str, Tensor]:
+        """Push towards coarser pooling, step by step."""
+        found = lesson.noted("stride")
+        if not found:
+            return {"hinge": torch.zeros(())}
+        rows, steps = torch.stack([row for _, row in found]), torch.tensor([step for step, _ in found])
+        return {"hinge": HINGE_WEIGHT * hinge_loss(rows, steps.to(rows.device))}
 
 
 class DpnRouters(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,13 @@ from torch.nn import functional
 from mmfast.budget import truncated_count
 from mmfast.registry import register
 from mmfast.token_pruning.layers import DropOnce, LayerEvent, LayerScorer, LayerTokens
-from mmfast.token_pruning.weights import check_path, prepared
+from mmfast.token_pruning.weights import Lesson, check_path, prepared, taught
 
 RATE_WEIGHT = 100.0
 """Factor of :func:`rate_loss` beside the loss of the answer, for visual tokens and for text each."""
+
+TEXT_KEEP = 0.5
+"""Share of the tokens of an answer that :func:`rate_loss` asks for."""
 
 SHORTEST_ANSWER = 50
 """Answers of fewer tokens keep all of them in training, and add nothing to the loss."""
@@ -35,6 +39,9 @@ class DynamicLlava(DropOnce, LayerScorer):
 
     The number left is cut off instead of rounded. Generated tokens are decided on by a second network
     (:meth:`decode_keep`). Without ``weights`` both are random (mechanics only).
+
+    In training nothing is dropped: decisions are drawn (:func:`gumbel_keep`), and tokens decided against are hidden
+    from all others (:func:`policy_softmax`), those of answers of at least :data:`SHORTEST_ANSWER` tokens too.
 
     Weights: ``vision.*`` and ``text.*`` are the state dicts of :class:`VisionPredictor` and
     :class:`TextPredictor`, whose names are those of the official predictors.
@@ -78,13 +85,58 @@ class DynamicLlava(DropOnce, LayerScorer):
     def score(self, tokens: LayerTokens, event: LayerEvent) -> Tensor:
         """Return the logarithm of the probability of being kept, from one call per image or video."""
         states = tokens.hidden[tokens.candidates]
+        return keep_score(self._logits(states, tokens))
+
+    def _logits(self, states: Tensor, tokens: LayerTokens) -> Tensor:
         predictor = self.predictors(states).vision
-        scores = torch.empty(states.shape[0], device=states.device)
+        logits = torch.zeros(states.shape[0], 2, device=states.device)
         for index in range(len(tokens.media_totals)):
             mine = tokens.media == index
             if bool(mine.any()):
-                scores[mine] = keep_score(predictor(states[mine][None])[0])
-        return scores
+                logits[mine] = predictor(states[mine][None])[0]
+        return logits
+
+    def training_mask(self, tokens: LayerTokens, event: LayerEvent) -> Tensor:
+        """Decide on visual tokens, and on those of long answers; all others stay."""
+        lesson = tokens.lesson or Lesson()
+        heat = temperature(lesson.done, 1)
+        policy = torch.ones(tokens.hidden.shape[0], device=tokens.hidden.device)
+        logits = self._logits(tokens.hidden[tokens.candidates], tokens)
+        if lesson.noise:
+            seen = gumbel_keep(logits, heat)
+        else:
+            with torch.no_grad():
+                kept = self(tokens, event)
+            chosen = torch.arange(len(logits), device=logits.device) if kept is None else kept.indices
+            seen = straight_through(logits, chosen, heat)
+        policy = policy.index_copy(0, tokens.candidates, seen)
+        total = tokens.total
+        share = self.keep * len(tokens.media_totals) / total if isinstance(self.keep, int) else self.keep
+        lesson.note("visual", (seen, 1.0 if share is None else min(1.0, share)))
+        if tokens.answers is None or int(tokens.answers.sum()) < SHORTEST_ANSWER:
+            return policy
+        written = tokens.answers.nonzero().squeeze(-1)
+        logits = self.predictors(tokens.hidden).text(tokens.hidden[written])
+        likely = (logits[:, 0] > logits[:, 1]).nonzero().squeeze(-1)
+        remembered = gumbel_keep(logits, heat) if lesson.noise else straight_through(logits, likely, heat)
+        lesson.note("written", (remembered, TEXT_KEEP))
+        return policy.index_copy(0, written, remembered)
+
+    def training_loss(self, lesson: Lesson) -> Mapping[str, Tensor]:
+        """Ask for the wanted shares of visual tokens, and of those of long answers."""
+        losses = {}
+        for name in ("visual", "written"):
+            found = lesson.noted(name)
+            decisions, wanted = [seen for seen, _ in found], [share for _, share in found]
+            losses[f"{name}_rate"] = RATE_WEIGHT * rate_loss(decisions, wanted)
+            if decisions:
+                kept = torch.stack([seen.detach().mean() for seen in decisions])
+                lesson.figures[f"{name}_kept"] = float(kept.mean())
+        return losses
+
+    def learned(self, width: int, depth: int, device: torch.device) -> DynamicPredictors:
+        """Return both predictors."""
+        return taught(self, DynamicPredictors, (width, self.predictor_width, self.predictor_heads), device)
 
     def decode_keep(self, hidden: Tensor) -> Tensor:
         """Say which new tokens stay in the caches from :attr:`layer` on; each still sees itself.
@@ -243,7 +295,7 @@ def keep_score(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1)[..., 0]
 
 
-def temperature(step: int, steps: int) -> float:
+def temperature(step: float, steps: int) -> float:
     """Return the temperature of :func:`gumbel_keep`, which falls from 1 to 0.1 over the training.
 
     Example:
@@ -273,7 +325,27 @@ def gumbel_keep(logits: Tensor, heat: float = 1.0, generator: torch.Generator | 
     noise = -torch.empty_like(likely).exponential_(generator=generator).clamp_min(1e-30).log()
     soft = ((likely + noise) / heat).softmax(dim=-1)[..., 0]
     hard = (soft >= 0.5).float()
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())
+
+
+def straight_through(logits: Tensor, chosen: Tensor, heat: float = 1.0) -> Tensor:
+    """Take decisions as they are, with the gradients of the tempered softmax.
+
+    Args:
+        logits: ``[N, 2]`` of "keep" and "drop".
+        chosen: ``[K]`` int64, who is kept.
+        heat: temperature, above 0.
+
+    Returns:
+        float32 ``[N]`` of 0 and 1.
+
+    Example:
+        >>> straight_through(torch.zeros(3, 2), torch.tensor([1])).tolist()
+        [0.0, 1.0, 0.0]
+    """
+    soft = (logits.float() / heat).softmax(dim=-1)[..., 0]
+    hard = torch.zeros_like(soft).index_fill(0, chosen, 1.0)
+    return hard + (soft - soft.detach())
 
 
 def policy_softmax(logits: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
@@ -300,12 +372,12 @@ def policy_softmax(logits: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
     return (weights + eps / total) / (weights.sum(dim=-1, keepdim=True) + eps)
 
 
-def rate_loss(decisions: list[Tensor], keep: float) -> Tensor:
+def rate_loss(decisions: list[Tensor], keep: float | list[float]) -> Tensor:
     """Punish keeping another share than wanted, sample by sample; to be weighed by :data:`RATE_WEIGHT`.
 
     Args:
         decisions: per sample, ``[N]`` decisions of :func:`gumbel_keep`; samples without any are left out.
-        keep: wanted share.
+        keep: wanted share, one for all samples or one each.
 
     Returns:
         A scalar: the mean over the samples of the squared difference.
@@ -314,5 +386,6 @@ def rate_loss(decisions: list[Tensor], keep: float) -> Tensor:
         >>> rate_loss([torch.ones(4), torch.zeros(4)], 0.5).item()
         0.25
     """
-    shares = [decision.float().mean() for decision in decisions if decision.numel()]
-    return (torch.stack(shares) - keep).square().mean() if shares else torch.zeros(())
+    wanted = keep if isinstance(keep, list) else [keep] * len(decisions)
+    gaps = [own.float().mean() - share for own, share in zip(decisions, wanted, strict=True) if own.numel()]
+    return torch.stack(gaps).square().mean() if gaps else torch.zeros(())

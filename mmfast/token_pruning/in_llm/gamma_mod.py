@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from mmfast.registry import register
 from mmfast.token_pruning.base import top_indices
 from mmfast.token_pruning.in_llm.p_mod import mixture_layer
 from mmfast.token_pruning.layers import LayerBypass, LayerTokens, Route
-from mmfast.token_pruning.weights import check_path, prepared
+from mmfast.token_pruning.weights import Lesson, check_path, prepared, taught
 
 AUXILIARY_WEIGHT = 0.01
 """Factor of the routers' loss, added up over the layers, beside that of the answer."""
@@ -39,6 +39,9 @@ class GammaMoD(LayerBypass):
     and everything generated take part, as the text of the question does in training, and of the visual
     tokens those of the largest p. The official code renumbers positions in each converted layer; here tokens
     keep theirs. Without ``weights`` the router is random (mechanics only).
+
+    In training the router learns to foresee who takes part (:func:`router_loss`): with ``keep`` the same tokens as in
+    use, without it all text and half of the visual tokens (:func:`training_route`).
 
     Weights: ``router.weight`` ``[2, D]``; row 1 is "take part".
 
@@ -100,17 +103,26 @@ class GammaMoD(LayerBypass):
             return Route(everything)
         if tokens.normed is None:
             raise ValueError("the hidden states behind the layer's norm are missing; name 'layer_norm' in needs")
-        probability = self.probability(tokens.normed[tokens.candidates])
+        logits = self._logits(tokens.normed[tokens.candidates])
+        probability = logits.softmax(dim=-1)[..., 1]
+        part = self._part(probability.detach(), tokens, kept)
+        if tokens.lesson is not None:
+            tokens.lesson.note("router", (layer, router_loss(logits, part)))
+        return Route(part.nonzero().squeeze(-1), gate=probability)
+
+    def _part(self, probability: Tensor, tokens: LayerTokens, kept: int | None) -> Tensor:
+        visual = tokens.origin >= 0
+        if kept is None and tokens.lesson is not None:
+            return training_route(probability, ~visual)
         if kept is None:
             part = probability > self.threshold
             if not bool(part.any()):
                 part[top_indices(probability, 1)] = True
-            return Route(part.nonzero().squeeze(-1), gate=probability)
-        visual = tokens.origin >= 0
+            return part
         part = ~visual
         places = visual.nonzero().squeeze(-1)
         part[places[top_indices(probability[places], kept)]] = True
-        return Route(part.nonzero().squeeze(-1), gate=probability)
+        return part
 
     def probability(self, normed: Tensor) -> Tensor:
         """Return the probability that tokens take part, which is also the gate of those that do.
@@ -121,9 +133,24 @@ class GammaMoD(LayerBypass):
         Returns:
             float32 ``[...]``.
         """
-        router = prepared(self, GammaRouter, (normed.shape[-1],), normed.device)
-        probability: Tensor = router(normed).softmax(dim=-1)[..., 1]
+        probability: Tensor = self._logits(normed).softmax(dim=-1)[..., 1]
         return probability
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits: Tensor = prepared(self, GammaRouter, (normed.shape[-1],), normed.device)(normed)
+        return logits
+
+    def learned(self, width: int, depth: int, device: torch.device) -> GammaRouter:
+        """Return the router."""
+        return taught(self, GammaRouter, (width,), device)
+
+    def training_loss(self, lesson: Lesson) -> Mapping[str, Tensor]:
+        """Add up over the layers what the router did not foresee, on average over the prompts."""
+        layers: dict[int, list[Tensor]] = {}
+        for layer, loss in lesson.noted("router"):
+            layers.setdefault(layer, []).append(loss)
+        means = [torch.stack(losses).mean() for losses in layers.values()]
+        return {"router": AUXILIARY_WEIGHT * torch.stack(means).sum() if means else torch.zeros(())}
 
     def decode_route(self, normed: Tensor, layer: int) -> Tensor | None:
         """Weigh new tokens by their probability, and let those below one half go around.

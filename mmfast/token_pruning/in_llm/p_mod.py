@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,7 +15,7 @@ from mmfast.budget import check_keep, solve_average, truncated_count
 from mmfast.registry import register
 from mmfast.token_pruning.base import check_choice, top_indices
 from mmfast.token_pruning.layers import LayerBypass, LayerTokens, Route
-from mmfast.token_pruning.weights import check_path, prepared
+from mmfast.token_pruning.weights import Lesson, check_path, prepared, taught
 
 Decay = Literal["cosine", "linear"]
 
@@ -31,6 +31,8 @@ class PMoD(LayerBypass):
     processes less than 15 %. Another ``keep`` scales the ratios of the routed layers alike (on a
     logarithmic scale) and leaves the others whole. Without ``weights`` the routers are at their start:
     all weights 1, so the first tokens are taken (mechanics only).
+
+    Training is what happens in use: both factors of a layer carry gradients to its router, and no loss is added.
 
     Weights: ``layers.<l>.weight`` ``[1, D]`` and ``layers.<l>.bias`` ``[1]`` for each routed layer l
     (8 to 31 of 32).
@@ -90,7 +92,15 @@ class PMoD(LayerBypass):
         states = tokens.hidden[tokens.candidates]
         routers = prepared(self, PModRouters.of, (states.shape[1], depth, self.decay == "linear"), states.device)
         weights = routers(states, layer)
-        return Route(top_indices(weights, _part(ratio, tokens.total)), gate=weights, skipped=weights)
+        return Route(top_indices(weights.detach(), _part(ratio, tokens.total)), gate=weights, skipped=weights)
+
+    def learned(self, width: int, depth: int, device: torch.device) -> PModRouters:
+        """Return the routers."""
+        return taught(self, PModRouters.of, (width, depth, self.decay == "linear"), device)
+
+    def training_loss(self, lesson: Lesson) -> Mapping[str, Tensor]:
+        """Add nothing."""
+        return {}
 
 
 class PModRouters(nn.Module):
