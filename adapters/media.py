@@ -40,7 +40,7 @@ class Segment:
         return replace(self, signals={}, projections={})
 
     def frames(self) -> tuple[int, Tensor | None]:
-        """Return how many frames a video has, 0 for an image, and the numbers of those that were encoded, if not all."""
+        """Return how many frames a video has, 0 for an image, and which were encoded, if not all."""
         frame = self.layout.frame
         if self.layout.modality != "video":
             return 0, None

@@ -431,8 +431,8 @@ class Report:
             return "\n".join([*lines, *self._decoding()])
         for item in self.media:
             lines.append(
-                f"{item.modality:<8} row {item.row}: {item.frame_count}{item.tokens} tokens -> {item.entered} into the LLM -> "
-                f"{item.left} in the last layer"
+                f"{item.modality:<8} row {item.row}: {item.frame_count}{item.tokens} tokens -> "
+                f"{item.entered} into the LLM -> {item.left} in the last layer"
             )
         for row, layers in enumerate(self.tokens_per_layer):
             lines.append(f"layers   row {row}: {_runs(layers)} tokens (text included)")

@@ -27,14 +27,14 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
         True
     """
     a, b, c = _FACTORS
-    wide = matrix.float()
+    wide: Tensor = matrix.float()
     turned = wide.shape[0] > wide.shape[1]
     if turned:
         wide = wide.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        gram: Tensor = wide @ wide.T
+        wide = torch.addmm(wide, b * gram + c * gram @ gram, wide, beta=a)
     return wide.T if turned else wide
 
 

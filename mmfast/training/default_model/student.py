@@ -33,7 +33,7 @@ class Student(nn.Module):
     def __init__(self, layers: int = 8, seed: int = 0) -> None:
         super().__init__()
         shipped, self.processor = mmfast.load_default(dtype="float32")
-        config = copy.deepcopy(shipped.config)
+        config: Any = copy.deepcopy(shipped.config)
         config.text_config.num_hidden_layers = layers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -209,7 +209,7 @@ class Symbols(nn.Module):
         row, column = place // GRID, place % GRID
         there = labels["shape"] > 0
         flag = there.long() + labels["centre"]
-        out = self.row(row) + self.column(column) + self.flag(flag)
+        out: Tensor = self.row(row) + self.column(column) + self.flag(flag)
         for name, table in self._tables.items():
             out = out + _worded(torch.tensor(table)[labels[name]], words)
         where = _worded(torch.tensor(self._above)[row], words) + _worded(torch.tensor(self._beside)[column], words)

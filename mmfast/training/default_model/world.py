@@ -127,7 +127,7 @@ def _distinct(questions: Sequence[Question]) -> tuple[Question, ...]:
 
 def _pixels(images: Sequence[object]) -> Tensor:
     array = np.stack([np.asarray(image, np.float32) for image in images])
-    normal: NDArray[np.float32] = (array / 255 - _MEAN) / _SPREAD
+    normal = ((array / 255 - _MEAN) / _SPREAD).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(normal.transpose(0, 3, 1, 2)))
 
 
@@ -149,7 +149,7 @@ def _labels(scenes: Sequence[Scene], owners: NDArray[np.int16]) -> dict[str, Ten
                 nearest = min(range(len(centres)), key=lambda i: abs(centres[i] - middle))
                 found["character"][frame, place] = _CHARACTER[item.text[nearest]]
             for character, x in zip(item.text, centres, strict=True):
-                place = item.y // PATCH * GRID + x // PATCH
-                found["character"][frame, place] = _CHARACTER[character]
-                found["centre"][frame, place] = 1
+                middle_place = item.y // PATCH * GRID + x // PATCH
+                found["character"][frame, middle_place] = _CHARACTER[character]
+                found["centre"][frame, middle_place] = 1
     return {name: torch.from_numpy(values) for name, values in found.items()}
