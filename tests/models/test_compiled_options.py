@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -287,7 +288,8 @@ def test_a_changed_model_is_compiled_anew() -> None:
     model.generation_config.pad_token_id = 0
     with mmfast.accelerate(model, "full", compile=True):
         answers(model, one(llava), 3)
-        model.get_decoder().layers[1].mlp = llava.model().get_decoder().layers[1].mlp
+        # A copy: what follows changes the weights, and the other model is shared by all tests.
+        model.get_decoder().layers[1].mlp = copy.deepcopy(llava.model().get_decoder().layers[1].mlp)
         for weight in model.parameters():
             weight.data = weight.data.clone() * 2
         found = answers(model, one(llava))

@@ -150,7 +150,7 @@ def test_images_that_are_not_known_are_not_guessed() -> None:
     model, batch = family.model(), one(family)
     expected = second_turn(model, batch)
     with mmfast.accelerate(model, ASSISTANT, draft_model=clone(family)) as fast:
-        companion = fast._binding.drafting.companion
+        companion = fast._binding.loop.companion
         read = companion.read
 
         def forgetting(request: Request) -> VisionReading | None:

@@ -236,7 +236,7 @@ def test_the_best_set_is_remembered() -> None:
     family = FAMILIES["llava"]
     told: list[float] = []
     with mmfast.accelerate(family.model(), "swift(context_window=4, trials=5, adaptive_length=False)") as fast:
-        drafting = fast._binding.drafting
+        drafting = fast._binding.loop
         decoded(family.model(), one(family))
         search = drafting.memory["skips"]
         told.append(search.score)
@@ -250,7 +250,7 @@ def test_the_search_can_be_left_out() -> None:
     family = FAMILIES["llava"]
     with mmfast.accelerate(family.model(), "swift(search=False, context_window=2, adaptive_length=False)") as fast:
         decoded(family.model(), one(family))
-        assert fast._binding.drafting.memory["skips"].score < 0
+        assert fast._binding.loop.memory["skips"].score < 0
 
 
 # ------------------------------------------------------------------------------------- options
