@@ -80,12 +80,16 @@ def columns_of(
     reference = reference_layer(cache)
     for index, layer in enumerate(cache.layers):
         window = layer.sliding_window if layer.is_sliding else None
-        alone = layer.heads is not None or layer.bias is not None
-        keys.append((index,) if alone else (layer.stored, layer.history, window, layer.renumbered))
+        keys.append((index,) if _alone(layer) else (layer.stored, layer.history, window, layer.renumbered))
         if keys[-1] not in found:
             found[keys[-1]] = _columns(layer, reference, dtype, query_heads, window, calibrated=calibrated)
     order = list(found)
     return list(found.values()), tuple(order.index(key) for key in keys)
+
+
+def _alone(layer: Any) -> bool:
+    """Whether the heads of a layer store different entries or weigh them, so that no other layer is like it."""
+    return layer.heads is not None or layer.bias is not None
 
 
 def _columns(
@@ -93,8 +97,7 @@ def _columns(
 ) -> Columns:
     real = layer.real_entries()
     group = query_heads // real.shape[1]
-    alone = layer.heads is not None or layer.bias is not None
-    real = real.repeat_interleave(group, dim=1) if alone else real[:, :1]
+    real = real.repeat_interleave(group, dim=1) if _alone(layer) else real[:, :1]
     mask = torch.zeros(real.shape, dtype=dtype, device=real.device)
     if layer.bias is not None:
         mask = layer.bias.repeat_interleave(group, dim=1).to(dtype)

@@ -125,11 +125,11 @@ class Stepper:
         arguments = (self._twin.model, self._twin, states, frequencies)
         for tensor, axis in states.resizable():
             torch._dynamo.mark_dynamic(tensor, axis)
-        ways = [(compiled, _tried), (_as_it_is, _tried)]
+        ways = [(compiled, _tried)]
         if states.token.is_cuda:
-            ways = [(compiled, self._captured), (_as_it_is, self._captured), (_as_it_is, _tried)]
+            ways = [(compiled, self._captured), (_as_it_is, self._captured)]
         try:
-            while len(self._failures) < len(ways) - 1:
+            while len(self._failures) < len(ways):
                 make, settle = ways[len(self._failures)]
                 try:
                     return settle(partial(make(step), *arguments), states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -226,8 +226,10 @@ def arm_pairs(adapter: Adapter, inner: Inner, embeds: Tensor, pairs: Callable[[I
         return False
     found = pairs(inner)
     modules = [adapter.attention(layer) for layer in adapter.layers]
+    written: dict[tuple[Any, ...], Tensor] = {}
     inner.tables["waiting"] = [
-        _Rectangles(module, inner.levels[0], cached, found) for module, cached in zip(modules, layers, strict=True)
+        _Rectangles(module, inner.levels[0], cached, found, written=written)
+        for module, cached in zip(modules, layers, strict=True)
     ]
     return True
 
@@ -280,6 +282,7 @@ class _Rectangles:
         cached: the cache layer; None without a cache.
         pairs: what is visible against causality; may be empty.
         step: ``[B, q]`` int64 places of those that attend among the tokens that are seen; None = all.
+        written: rectangles by sizes and device; layers that see the same share them.
     """
 
     module: nn.Module
@@ -287,6 +290,7 @@ class _Rectangles:
     cached: Any
     pairs: Pairs
     step: Tensor | None = None
+    written: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def take(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]
@@ -307,6 +311,12 @@ class _Rectangles:
 
     def _rectangles(self, queries: int, columns: int, before: int, device: torch.device) -> Tensor:
         """Return int32 ``[B or 1, M, 5]``; prompts with fewer rectangles are filled up with empty ones."""
+        key = (queries, columns, before, device)
+        if key not in self.written:
+            self.written[key] = self._write(*key)
+        return self.written[key]
+
+    def _write(self, queries: int, columns: int, before: int, device: torch.device) -> Tensor:
         causal = [(0, queries, 0, columns)]
         shifted = [[(rows, before + others) for rows, others in pairs] for pairs in self.pairs] or [[]]
         each = [rectangles_of(pairs, causal, device=device) for pairs in shifted]

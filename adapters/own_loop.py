@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from functools import wraps
@@ -14,7 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from mmfast.adapters.ledger import Ledger
 
 
-class OwnLoop:
+class OwnLoop(ABC):
     """Base of what decodes in place of transformers, which prepares inputs, processors, criteria and the cache.
 
     Args:
@@ -30,13 +31,15 @@ class OwnLoop:
         """Wrap the model's ``generate``."""
         ledger.set_attribute(self._model, "generate", self._wrapped(self._model.generate))
 
+    @abstractmethod
     def go_on_from(self, before: Any) -> None:
         """Take over what the loop of the same plan has learnt or compiled before."""
 
+    @abstractmethod
     def takes(self, given: dict[str, Any]) -> bool:
         """Say whether a call with these keywords is decoded here; else transformers does it."""
-        return True
 
+    @abstractmethod
     def decode(
         self,
         model: Any,
@@ -47,7 +50,6 @@ class OwnLoop:
         **model_kwargs: Any,
     ) -> Any:
         """Decode one call of ``generate``; what it needs has been prepared by transformers."""
-        raise RuntimeError("a loop needs decode()")
 
     def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         names = tuple(signature(original).parameters)

@@ -269,8 +269,8 @@ class _Results:
         self._current: dict[tuple[int, str, str], tuple[ResultsFile, set[str]]] = {}
         for run in merge([folder]) if folder.exists() else []:
             answered = (record for record in run.records if not (retry_failed and record.error))
-            self._headers[_key(run.header)] = run.header
-            self._finished[_key(run.header)] = {record.question_id for record in answered}
+            self._headers[run.header.key] = run.header
+            self._finished[run.header.key] = {record.question_id for record in answered}
 
     def check(self, header: Header) -> None:
         """Refuse to mix what does not fit together.
@@ -278,7 +278,7 @@ class _Results:
         Raises:
             ValueError: naming what differs from the results that are there.
         """
-        differing = self._headers.setdefault(_key(header), header).misfits(header)
+        differing = self._headers.setdefault(header.key, header).misfits(header)
         if differing:
             raise ValueError(
                 f"{self._folder} holds results of {header.task!r} under {header.plan!r} that do not fit this run: "
@@ -287,7 +287,7 @@ class _Results:
 
     def finished(self, headers: Mapping[str, Header]) -> dict[str, set[str]]:
         """Return the samples that each plan has answered."""
-        return {plan: self._finished.setdefault(_key(header), set()) for plan, header in headers.items()}
+        return {plan: self._finished.setdefault(header.key, set()) for plan, header in headers.items()}
 
     def receive(self, worker: int, plan: str, line: Header | Record) -> bool:
         """Write what a worker yielded; return whether it was an answer."""
@@ -303,7 +303,7 @@ class _Results:
         path = path.with_name(f"{path.stem}--worker{worker}-{machine}.jsonl")
         if path not in self._files:
             self._files[path] = ResultsFile(path, line)
-        self._current[worker, line.task, plan] = self._files[path], self._finished.setdefault(_key(line), set())
+        self._current[worker, line.task, plan] = self._files[path], self._finished.setdefault(line.key, set())
         return False
 
     def __enter__(self) -> _Results:
@@ -362,10 +362,6 @@ def _undo(variables: MutableMapping[str, str], before: Mapping[str, str], after:
             variables.pop(name, None)
         elif before[name] != after[name]:
             variables[name] = before[name]
-
-
-def _key(header: Header) -> tuple[str, str, str]:
-    return header.task, header.plan, header.model
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from string import ascii_uppercase
 
 from mmfast.eval.baselines import baseline_name
 from mmfast.eval.records import Record, Run
@@ -101,13 +102,10 @@ def _plan(run: Run, full: dict[str, Record]) -> str:
 
 def _cells(kind: str, full: Record, own: Record) -> list[str]:
     sign = f'<span class="{"bad" if kind == "lost" else "good"}">{kind}</span>'
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(_LETTERS, own.choices, strict=False))
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(ascii_uppercase, own.choices, strict=False))
     question = own.question if not own.choices or own.choices[0] in own.question else own.question + choices
     expected = ", ".join(dict.fromkeys(map(str, own.answers)))
     return [sign, _text(question), _text(expected), _answer(full), _answer(own), _text(own.category)]
-
-
-_LETTERS = "ABCDEFGHIJ"
 
 
 def _answer(record: Record) -> str:

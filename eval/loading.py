@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 
 from mmfast.eval.task import Sample, Task
 from mmfast.media import choose_frames, load_image, read_video
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,22 +145,6 @@ def error_text(error: BaseException) -> str:
         'ValueError: no'
     """
     return f"{type(error).__name__}: {error}"
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Make the next item in a background thread while the last one is worked on.
-
-    Example:
-        >>> list(ahead(iter("abc")))
-        ['a', 'b', 'c']
-    """
-    with ThreadPoolExecutor(1) as pool:
-        # A StopIteration cannot pass through a future: the sentinel ends the loop instead.
-        end: Any = object()
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
 
 
 def _size(task: Task) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmfast.eval.task import Outcome, Sample, Scored
@@ -34,7 +35,7 @@ class Header:
     Attributes:
         task: name of the task.
         task_version: of its samples and its scorer.
-        task_options: fields of the task, folders aside.
+        task_options: fields of the task, its folder aside.
         metric: its headline.
         chance: the headline of blind guessing.
         plan: the plan in text form.
@@ -74,6 +75,11 @@ class Header:
     hardware: dict[str, str | int] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What is one run: task, plan and model."""
+        return self.task, self.plan, self.model
 
     def misfits(self, other: Header) -> list[str]:
         """Say what must be equal in one file or in a merge, and is not; one text each."""
@@ -201,12 +207,17 @@ class Run:
 
 
 def plain_text(value: object) -> str:
-    """Write what JSON does not know; of a callable its name, for its text holds an address in memory.
+    """Write what JSON does not know.
+
+    Of a callable its name, for its text holds an address in memory; of a path the last part, for it lies elsewhere on
+    other machines.
 
     Example:
-        >>> plain_text(len), plain_text(3 + 4j)
-        ('builtins.len', '(3+4j)')
+        >>> plain_text(len), plain_text(3 + 4j), plain_text(Path("here/replies.jsonl"))
+        ('builtins.len', '(3+4j)', 'replies.jsonl')
     """
+    if isinstance(value, Path):
+        return value.name
     if not callable(value):
         return str(value)
     named = getattr(value, "func", value)

@@ -15,11 +15,11 @@ from mmfast.eval.records import Run
 from mmfast.eval.results import merge
 from mmfast.eval.statistics import MIN_CLUSTERS
 from mmfast.eval.summary import Row, Table, Versus, summarize
+from mmfast.eval.table_text import ABSENT, chance, number, percent
 from mmfast.eval.task import Task
 from mmfast.page import document, facts, table
 
 _LEVEL = 0.05
-_ABSENT = "-"
 _STYLE = (
     CHART_STYLE
     + DIFFERENCE_STYLE
@@ -144,24 +144,24 @@ def _plans(rows: Sequence[Row], comparisons: Sequence[Versus], numbers: dict[str
             [f"{row.score:.1f} <small>{row.interval.low:.1f} to {row.interval.high:.1f}</small>" for row in rows],
         ),
         ("against full", [_difference(full.get(row.plan)) for row in rows]),
-        ("of full", [_share(row.relative) for row in rows]),
-        ("above chance", [_share(row.above_chance) for row in rows]),
+        ("of full", [percent(row.relative) for row in rows]),
+        ("above chance", [percent(row.above_chance) for row in rows]),
         (
             "hard",
             [
-                _ABSENT if row.hard_score is None else f"{row.hard_score:.0f} <small>n = {row.hard_n}</small>"
+                ABSENT if row.hard_score is None else f"{row.hard_score:.0f} <small>n = {row.hard_n}</small>"
                 for row in rows
             ],
         ),
-        ("tokens", [_number(row, "n_visual_kept", 1, 0) for row in rows]),
-        ("per layer", [_number(row, "n_visual_layer_average", 1, 1) for row in rows]),
-        ("TTFT ms", [_number(row, "ttft_ms", 1, 1) for row in rows]),
-        ("tokens/s", [_number(row, "decode_tok_s", 1, 0) for row in rows]),
-        ("GFLOP", [_number(row, "prefill_flops", 1e9, 3) for row in rows]),
-        ("KV MB", [_number(row, "kv_bytes", 1e6, 2) for row in rows]),
-        ("peak MB", [_number(row, "peak_memory_bytes", 1e6, 0) for row in rows]),
+        ("tokens", [number(row.costs["n_visual_kept"], 1, 0) for row in rows]),
+        ("per layer", [number(row.costs["n_visual_layer_average"], 1, 1) for row in rows]),
+        ("TTFT ms", [number(row.costs["ttft_ms"], 1, 1) for row in rows]),
+        ("tokens/s", [number(row.costs["decode_tok_s"], 1, 0) for row in rows]),
+        ("GFLOP", [number(row.costs["prefill_flops"], 1e9, 3) for row in rows]),
+        ("KV MB", [number(row.costs["kv_bytes"], 1e6, 2) for row in rows]),
+        ("peak MB", [number(row.costs["peak_memory_bytes"], 1e6, 0) for row in rows]),
     ]
-    shown = [(name, cells) for name, cells in columns if any(cell != _ABSENT for cell in cells)]
+    shown = [(name, cells) for name, cells in columns if any(cell != ABSENT for cell in cells)]
     classes = ["baseline" if row.baseline not in ("", "full") else "" for row in rows]
     content = [(kind, [cells[place] for _, cells in shown]) for place, kind in enumerate(classes)]
     return f'<div class="wide">{table([name for name, _ in shown], content, kind="plans")}</div>'
@@ -175,7 +175,7 @@ def _name(row: Row, numbers: dict[str, str]) -> str:
 def _difference(found: Versus | None) -> str:
     """Write a difference with its sign, its interval and what the tests say of it."""
     if found is None:
-        return _ABSENT
+        return ABSENT
     own = found.difference
     tests = [p for p in (own.p_bootstrap, own.p_mcnemar) if p is not None]
     kind, word = "soft", "no difference shown"
@@ -187,11 +187,11 @@ def _difference(found: Versus | None) -> str:
 def _tests(found: Versus) -> str:
     own, parts = found.difference, []
     if own.interval is not None and own.p_bootstrap is not None:
-        parts.append(f"{own.interval.low:+.1f} to {own.interval.high:+.1f}, {_chance(own.p_bootstrap)}")
+        parts.append(f"{own.interval.low:+.1f} to {own.interval.high:+.1f}, {chance(own.p_bootstrap)}")
     else:
         parts.append(f"no interval from fewer than {MIN_CLUSTERS} clusters")
     if own.p_mcnemar is not None:
-        parts.append(f"McNemar {_chance(own.p_mcnemar)}")
+        parts.append(f"McNemar {chance(own.p_mcnemar)}")
     return "".join(f" <small>{escape(part)}</small>" for part in parts)
 
 
@@ -254,7 +254,7 @@ def _kinds(rows: Sequence[Row]) -> str:
             "",
             [
                 f"<code>{escape(row.plan)}</code>",
-                *(f"{row.figures[name]:.1f}" if name in row.figures else _ABSENT for name in names),
+                *(f"{row.figures[name]:.1f}" if name in row.figures else ABSENT for name in names),
             ],
         )
         for row in rows
@@ -279,16 +279,3 @@ def _failures(runs: Sequence[Run]) -> str:
         f'<details open><summary><span class="bad">Failed questions: {total}</span>, which count as wrong</summary>'
         f"{table(['count', 'plan', 'error'], rows, kind='plain')}</details>"
     )
-
-
-def _number(row: Row, name: str, unit: float, digits: int) -> str:
-    value = row.costs[name]
-    return _ABSENT if value is None else f"{value / unit:.{digits}f}"
-
-
-def _share(value: float | None) -> str:
-    return _ABSENT if value is None else f"{100 * value:.1f} %"
-
-
-def _chance(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -138,7 +138,7 @@ def merge(paths: Iterable[Path]) -> list[Run]:
         if not held:
             continue
         header, found = _parsed(path, held)
-        key = (header.task, header.plan, header.model)
+        key = header.key
         first, expected = headers.setdefault(key, (path, header))
         differing = expected.misfits(header)
         if differing:
@@ -200,10 +200,10 @@ def _parsed(path: Path, lines: list[dict[str, Any]]) -> tuple[Header, list[Recor
 
 def _built(kind: type[T], line: dict[str, Any], path: Path, number: int) -> T:
     known = {item.name for item in fields(kind)}
-    values: dict[str, Any] = {
-        name: tuple(value) if name in ("answers", "choices") else value for name, value in line.items()
-    }
     try:
+        values: dict[str, Any] = {
+            name: tuple(value) if name in ("answers", "choices") else value for name, value in line.items()
+        }
         return kind(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
         raise ValueError(f"{path}, line {number}: {error}; this is no line of a results file") from None

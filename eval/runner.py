@@ -194,9 +194,8 @@ class Runner:
             begin = time.perf_counter()
             output = self.model.generate(**prompt.inputs, max_new_tokens=limit, do_sample=False)  # type: ignore[operator]
             tokens = output[:, prompt.inputs["input_ids"].shape[1] :].cpu()
-            return Answered(
-                tokens, shown(fast.report(), prompt), {"e2e_ms": 1e3 * (time.perf_counter() - begin) / size}
-            )
+            elapsed = time.perf_counter() - begin
+            return Answered(tokens, shown(fast.report(), prompt), {"e2e_ms": 1e3 * elapsed / size})
         timing, tokens = timed_generate(self.model, prompt.inputs, limit)
         costs: dict[str, Any] = {
             "ttft_ms": 1e3 * timing.first_token,
@@ -351,10 +350,9 @@ def counts(report: mmfast.Report, row: int) -> dict[str, Any]:
 
 
 def task_options(task: Task) -> dict[str, Any]:
-    """Return the options of a task as a file holds them; folders are left out, for they differ between machines."""
-    options = {item.name: getattr(task, item.name) for item in fields(task) if item.init}
-    kept = {name: value for name, value in options.items() if name != "root" and not isinstance(value, Path)}
-    found: dict[str, Any] = json.loads(json.dumps(kept, default=plain_text))
+    """Return the options of a task as a file holds them; its folder is left out, for it differs between machines."""
+    options = {item.name: getattr(task, item.name) for item in fields(task) if item.init and item.name != "root"}
+    found: dict[str, Any] = json.loads(json.dumps(options, default=plain_text))
     return found
 
 

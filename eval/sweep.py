@@ -9,24 +9,26 @@ from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 import mmfast
 from mmfast.eval.baselines import baseline_name, baselines, budget
-from mmfast.eval.loading import Prompt, ahead, batches, count_selected, select
+from mmfast.eval.loading import Prompt, batches, count_selected, select
 from mmfast.eval.records import Record
 from mmfast.eval.results import ResultsFile, file_name
 from mmfast.eval.runner import WARMUP, Runner
 from mmfast.eval.summary import Table, summarize
 from mmfast.eval.task import Sample, Task
+from mmfast.media import prefetched
 
 PILOT = 4
 """Questions on which it is found out how many tokens a plan leaves."""
 
 # Plans take turns after a few questions, so that a machine that gets slower or faster does so for all of them.
 _TURN = 8
+_Turn: TypeAlias = tuple[list[tuple[Sample, ...]], dict[tuple[str, ...], list[Prompt]]]
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,12 @@ def answers(
         A plan and its answer to one sample.
     """
     warm = runner.batch > 1 or not pilot
-    turns = _turns(runner, finished, samples)
+    turns: Iterator[_Turn] = _turns(runner, finished, samples)
+    if runner.batch > 1:
+        # Preparing beside the model would disturb the times of single questions; those of batches are not compared.
+        turns = prefetched(turns, lambda turn: turn, ahead=1)
     plans = list(finished)
-    for number, (groups, prepared) in enumerate(turns if runner.batch == 1 else ahead(turns)):
+    for number, (groups, prepared) in enumerate(turns):
         for plan in plans[number % len(plans) :] + plans[: number % len(plans)]:
             missing = [tuple(s for s in group if s.sample_id not in finished[plan]) for group in groups]
             prompts = []
@@ -256,9 +261,7 @@ def answers(
                 yield plan, record
 
 
-def _turns(
-    runner: Runner, finished: Mapping[str, AbstractSet[str]], samples: Iterator[Sample]
-) -> Iterator[tuple[list[tuple[Sample, ...]], dict[tuple[str, ...], list[Prompt]]]]:
+def _turns(runner: Runner, finished: Mapping[str, AbstractSet[str]], samples: Iterator[Sample]) -> Iterator[_Turn]:
     """Yield the questions of one turn, and what is prepared of them for all plans together."""
     groups = batches(samples, runner.batch)
     while turn := list(itertools.islice(groups, _TURN if runner.batch == 1 else 1)):

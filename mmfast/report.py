@@ -409,7 +409,7 @@ class Report:
             "device": self.device,
             "reread_tokens": self.reread_tokens,
             "drafting": None if self.drafting is None else self.drafting.to_dict(),
-            "compilation": None if self.compilation is None else vars(self.compilation),
+            "compilation": None if self.compilation is None else vars(self.compilation).copy(),
             "note": self.note,
         }
         if self.comparison is not None:

@@ -197,12 +197,24 @@ class Row:
             FileNotFoundError: if none exists.
         """
         for name in names:
-            path = PurePosixPath(name.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts:
-                raise self.error(f"{name!r} leads out of {folder}; names must be relative and without ..")
-            if (folder / path).is_file():
-                return folder / path
+            if (path := self.inside(folder, name)).is_file():
+                return path
         raise FileNotFoundError(f"{self.place}: there is no file {' or '.join(str(folder / name) for name in names)}")
+
+    def inside(self, folder: Path, name: str) -> Path:
+        """Return where a file or folder that the record names would lie.
+
+        Args:
+            folder: what it is named from.
+            name: a path below it, with forward slashes.
+
+        Raises:
+            ValueError: if the name leads out of the folder.
+        """
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts:
+            raise self.error(f"{name!r} leads out of {folder}; names must be relative and without ..")
+        return folder / path
 
 
 def _as_float(value: object) -> float:

@@ -8,41 +8,28 @@ from functools import cached_property
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row
-from mmfast.eval.datasets.open_video import OpenVideoTask, in_folders
-
-_FOLDERS = ("videos", "YouTubeClips", "")
+from mmfast.eval.datasets.open_video import OpenVideoTask
 
 
 @dataclass(frozen=True)
 class MsvdQa(OpenVideoTask):
-    """MSVD-QA (Xu et al., 2017): 13,157 test questions.
-
-    Args:
-        root: the folder.
-        split: ``"test"`` or ``"val"``.
-        limit: ask only so many questions, the first ones; None for all.
-        scoring: ``"exact"``, ``"contains"`` or ``"judge"``.
-        judge: a callable that replies to requests.
-        replies: a JSONL file of replies.
-    """
+    """MSVD-QA (Xu et al., 2017): 13,157 test questions."""
 
     name: ClassVar[str] = "msvd-qa"
     paper: ClassVar[str] = "doi:10.1145/3123266.3123427"
-    splits: ClassVar[tuple[str, ...]] = ("test", "val")
     source: ClassVar[str] = "MSVD-QA (xudejing/video-question-answering) and the YouTubeClips of MSVD"
     layout: ClassVar[tuple[str, ...]] = (
         "{split}_q.json and {split}_a.json as Video-ChatGPT has them, or {split}_qa.json and youtube_mapping.txt",
         "videos/<name>.avi",
     )
+    folders: ClassVar[tuple[str, ...]] = ("videos", "YouTubeClips", "")
 
-    split: str = "test"
-
-    def videos(self, row: Row) -> tuple[str, ...]:
-        """Name the files that the clip may be."""
+    def video_name(self, row: Row) -> str:
+        """Name the clip, by the mapping where only its number is given."""
         if "video_name" in row.values:
-            return in_folders(_FOLDERS, row.text("video_name"))
+            return row.text("video_name")
         number = f"vid{row.text('video_id')}"
-        return in_folders(_FOLDERS, self._clips.get(number, number))
+        return self._clips.get(number, number)
 
     @cached_property
     def _clips(self) -> Mapping[str, str]:

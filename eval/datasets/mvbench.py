@@ -92,11 +92,10 @@ class MvBench(ChoiceTask):
         name, start, end = row.text("video"), row.seconds("start"), row.seconds("end")
         choices = tuple(choice.strip() for choice in row.texts("candidates"))
         answer = choices.index(row.choice("answer", choices))
-        folders = [f"video/{place}" for place in _PLACES[ability]]
-        pictures = self._pictures([f"{folder}/{name}" for folder in folders], start, end)
-        # What was cut out already starts at 0.
-        places = [f"{folder}/{name}" for folder in folders]
+        places = [f"video/{place}/{name}" for place in _PLACES[ability]]
+        pictures = self._pictures(row, places, start, end)
         video = None if pictures else row.file(self.folder(), *places)
+        # What was cut out already starts at 0.
         cut = video is None or "segment" in video.parent.name
         return Sample(
             sample_id=f"{ability}/{number}",
@@ -111,9 +110,9 @@ class MvBench(ChoiceTask):
             cluster=name,
         )
 
-    def _pictures(self, places: Sequence[str], start: float | None, end: float | None) -> list[Path]:
+    def _pictures(self, row: Row, places: Sequence[str], start: float | None, end: float | None) -> list[Path]:
         """Choose pictures of a clip that is a folder of them; none if it is not."""
-        folder = next((path for place in places if (path := self.folder() / place).is_dir()), None)
+        folder = next((path for place in places if (path := row.inside(self.folder(), place)).is_dir()), None)
         if folder is None:
             return []
         found = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))

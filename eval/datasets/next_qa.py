@@ -75,6 +75,6 @@ class NextQa(ChoiceTask):
         return {str(video): str(place) for video, place in found.items()}
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Add the accuracies of the eight types of question."""
+        """Add the accuracies of each type of question."""
         kinds = by_kind(outcomes, lambda outcome: detail(outcome, "type"))
         return super().summary(outcomes) | {f"accuracy/{kind}": value for kind, value in kinds.items()}

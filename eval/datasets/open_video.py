@@ -29,17 +29,23 @@ class OpenVideoTask(LocalTask):
 
     Args:
         root: the folder.
-        split: which part of the data set.
+        split: ``"test"`` or ``"val"``.
         limit: ask only so many questions, the first ones; None for all.
         scoring: ``"exact"`` for the same words, ``"contains"`` for the answer's words in a row in the prediction,
             ``"judge"`` for what ``judge`` or ``replies`` say.
         judge: a callable that replies to a :class:`~mmfast.eval.metrics.Request`.
         replies: a JSONL file of replies to the requests that :meth:`requests` gives.
+
+    Attributes:
+        folders: where below ``root`` the videos may lie; "" for ``root`` itself.
     """
 
     media: ClassVar[Media] = "video"
     metric: ClassVar[str] = "accuracy"
+    splits: ClassVar[tuple[str, ...]] = ("test", "val")
+    folders: ClassVar[tuple[str, ...]]
 
+    split: str = "test"
     scoring: str = "exact"
     judge: Judge | None = field(default=None, compare=False)
     replies: Path | None = None
@@ -60,8 +66,8 @@ class OpenVideoTask(LocalTask):
             )
 
     @abstractmethod
-    def videos(self, row: Row) -> tuple[str, ...]:
-        """Name the files, below ``root``, of which the first that exists is the video of a question."""
+    def video_name(self, row: Row) -> str:
+        """Name the video of a question, as its file is called, without folder and suffix."""
 
     def kind(self, row: Row, answer: Row) -> str:
         """Name the kind of a question: its first word, if that asks for something."""
@@ -85,7 +91,7 @@ class OpenVideoTask(LocalTask):
             yield self._sample(row, row.text("id"), row)
 
     def _sample(self, row: Row, name: str, answer: Row) -> Sample:
-        video = row.file(self.folder(), *self.videos(row))
+        video = row.file(self.folder(), *in_folders(self.folders, self.video_name(row)))
         asked = row.text("question").strip()
         question = asked if asked.endswith("?") else f"{asked}?"
         return Sample(

@@ -149,8 +149,7 @@ class Planned:
 
     def start(self, case: Case, new_tokens: int) -> Callable[[], Sample]:
         """Accelerate the model for good."""
-        options: dict[str, Any] = {"compile": True} if self.compiled else {}
-        fast = mmfast.accelerate(case.model, self.plan, **options)
+        fast = mmfast.accelerate(case.model, self.plan, compile=self.compiled)
         run = _generating(case, new_tokens)
 
         def sample() -> Sample:
@@ -228,11 +227,6 @@ def load_runner(path: Path) -> FromFile:
         except TypeError:
             raise ValueError(f"runner {path}: {name}() must take {count} argument{'s' * (count > 1)}") from None
     return FromFile(str(getattr(module, "NAME", path.stem)), module)
-
-
-def can_compile() -> bool:
-    """Say whether :func:`mmfast.accelerate` can compile here."""
-    return "compile" in inspect.signature(mmfast.accelerate).parameters
 
 
 def twin(model: nn.Module) -> nn.Module:

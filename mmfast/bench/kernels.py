@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[Size, ...]] = {
 """Scale -> the shapes operations are measured at, for a batch of one."""
 
 BATCHES: dict[str, tuple[int, ...]] = {"real": (1, 8, 32), "small": (1, 4), "tiny": (1, 2)}
-"""Scale -> sizes of batches."""
+"""Scale -> sizes of batches, of operations and of models."""
 
 
 def kernel_sizes(scale: str, operation: str, dtype: torch.dtype) -> list[Size]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,6 @@ from mmfast.report import Report
 
 BASELINE = Untouched()
 """What every contender is measured in turn with."""
-
-BATCHES: dict[str, tuple[int, ...]] = {"real": (1, 8, 32), "small": (1, 4), "tiny": (1, 2)}
-"""Scale -> sizes of batches."""
 
 
 def default_plans(kept: int) -> tuple[str, ...]:
@@ -114,10 +112,10 @@ def _watched(contender: Contender, case: Case, new_tokens: int) -> Callable[[], 
     def sample() -> Sample:
         with watch:
             if not run:
-                own = Case(**{**vars(case), "model": twin(case.model)})
+                own = replace(case, model=twin(case.model))
                 run.append(contender.start(own, new_tokens))
             found = run[0]()
-        return Sample(found.first_token, found.per_token, watch.peak, found.report)
+        return replace(found, peak_bytes=watch.peak)
 
     return sample
 

@@ -14,11 +14,11 @@ import torch
 
 from mmfast.adapters import attention_backends, random_model, random_model_budgets
 from mmfast.bench.ceilings import Ceilings, measured_ceilings
-from mmfast.bench.contenders import Case, Contender, can_compile, load_runner
+from mmfast.bench.contenders import Case, Contender, load_runner
 from mmfast.bench.costs import Size
 from mmfast.bench.goals import GOALS
-from mmfast.bench.kernels import kernel_cell, kernel_sizes
-from mmfast.bench.models import BATCHES, contenders_of, model_cell
+from mmfast.bench.kernels import BATCHES, kernel_cell, kernel_sizes
+from mmfast.bench.models import contenders_of, model_cell
 from mmfast.bench.operations import OPERATIONS
 from mmfast.bench.results import Results, default_path, machine_of
 from mmfast.bench.timing import DeviceLostError, explained
@@ -182,7 +182,7 @@ def _model_cells(options: Options, runners: Sequence[Contender]) -> Iterator[Cel
             kept,
             options.plans,
             flash=flash,
-            compiled=can_compile() and options.device.type == "cuda" and not options.plans,
+            compiled=options.device.type == "cuda" and not options.plans,
             more=runners,
         )
         for batch in BATCHES[options.scale]:

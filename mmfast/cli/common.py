@@ -107,8 +107,7 @@ def read_media(paths: Sequence[str], frames: int) -> Media:
     if "video" not in kinds:
         return Media(names, images)
     video = read_video(paths[kinds.index("video")], num_frames=frames, size=_LONGER_SIDE)
-    rate = len(video) / video.duration if video.duration > 0 else 1.0
-    return Media(names, images, tuple(video.images()), video.timestamps, rate, video.warnings)
+    return Media(names, images, tuple(video.images()), video.timestamps, video.rate, video.warnings)
 
 
 def device_of(name: str | None) -> torch.device:

@@ -64,8 +64,8 @@ def chosen(operation: str, refusal: str) -> Backend:
         RuntimeError: if Triton was asked for and cannot.
     """
     asked = _asked()
-    if asked == "torch" or (asked is None and not refusal):
-        return "torch" if asked else "triton"
+    if asked == "torch":
+        return "torch"
     if not refusal:
         return "triton"
     if asked == "triton":

@@ -27,6 +27,19 @@ def best_offer(offers, places, start, blocks, beyond, PARTS: tl.constexpr):
     return best_row(offer, place, beyond)
 
 
+@triton.jit
+def cosines(unit, first, row, inside, pick, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The products of rows ``[BLOCK]`` with the row ``pick``, all of them counted from the row ``first`` on."""
+    found = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
+    for start in range(0, width, WIDE):
+        column = start + tl.arange(0, WIDE)
+        picked = tl.load(unit + (first + pick) * width + column, mask=column < width, other=0.0)
+        own = unit + (first + row)[:, None] * width + column[None, :]
+        seen = inside[:, None] & (column < width)[None, :]
+        found += tl.load(own, mask=seen, other=0.0) * picked[None, :]
+    return tl.sum(found, axis=1)
+
+
 class Offers:
     """What the programs of one step offer to the next; two buffers, so that no step reads what it writes.
 

@@ -56,6 +56,11 @@ class Video:
     def __len__(self) -> int:
         return len(self.frames)
 
+    @property
+    def rate(self) -> float:
+        """How many of these frames show one second; 1.0 where the file does not say how long it is."""
+        return len(self) / self.duration if self.duration > 0 else 1.0
+
     def images(self) -> list[Image.Image]:
         """Return the frames as Pillow images, which share no memory with ``frames``."""
         return [Image.fromarray(frame) for frame in self.frames]

@@ -48,6 +48,13 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in home.glob("step-*") if _NAME.fullmatch(path.name)) if home.is_dir() else []
 
 
+def cut(folder: Path, step: int) -> None:
+    """Delete the checkpoints after a step: those of a run that is begun anew."""
+    for place in found(folder):
+        if int(place.name.removeprefix("step-")) > step:
+            shutil.rmtree(place)
+
+
 def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings) -> int:
     """Read the newest checkpoint.
 
@@ -109,8 +116,8 @@ def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> No
     for key, value in tensors.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        # Counters of steps are scalars and stay where the optimizer keeps them.
-        optimizer.state[parameter][name] = value if value.ndim == 0 else value.to(parameter.device)
+        # Counters of steps stay where the optimizer keeps them.
+        optimizer.state[parameter][name] = value if name == "step" else value.to(parameter.device)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -127,7 +127,8 @@ class ConversationFile(Source):
             if not isinstance(entries, list):
                 raise ValueError(f"{self.path} must hold a list of conversations, got {type(entries).__name__}")
             return [(number, json.dumps(entry)) for number, entry in enumerate(entries, start=1)]
-        return [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        # Not splitlines(): JSON may hold other separators of lines inside a text.
+        return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
     def _conversation(self, index: int) -> Conversation:
         number, text = self._entries[index]

@@ -86,7 +86,9 @@ class _Run:
         self.accelerator.wait_for_everyone()
         start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings) if resume else 0
         if self.accelerator.is_main_process:
+            checkpoints.cut(self.folder, start)
             self._cut_log(start)
+            self.last = next(reversed(read_log(self.folder)), {})
         end = self.settings.steps if stop_after is None else min(self.settings.steps, start + stop_after)
         self.objective.train()
         shown = self.progress and self.accelerator.is_main_process
@@ -203,7 +205,12 @@ def read_log(folder: str | Path) -> list[dict[str, float]]:
 def _averaged(losses: list[Loss]) -> Loss:
     if len(losses) == 1:
         return losses[0]
-    figures = {name: sum(loss.figures[name] for loss in losses) / len(losses) for name in losses[0].figures}
+    found: dict[str, list[float]] = {}
+    for loss in losses:
+        for name, value in loss.figures.items():
+            found.setdefault(name, []).append(value)
+    # A figure may be known of some of the passes only.
+    figures = {name: sum(values) / len(values) for name, values in found.items()}
     return Loss(torch.stack([loss.total.detach() for loss in losses]).mean(), figures)
 
 

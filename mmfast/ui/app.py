@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any
 
-from mmfast.ui.session import MOST_FRAMES, MOST_NEW_TOKENS, Pane, Session
+from mmfast.ui.session import LONGEST_QUESTION, MOST_FRAMES, MOST_NEW_TOKENS, Pane, Session
 
 PLANS = (
     "full",
@@ -55,7 +55,7 @@ def build(session: Session, *, title: str) -> Any:
         with gradio.Row():
             files = gradio.File(label="images, or one video", file_count="multiple", elem_id="media", scale=2)
             with gradio.Column(scale=3):
-                question = gradio.Textbox(label="question", max_length=4000, elem_id="question")
+                question = gradio.Textbox(label="question", max_length=LONGEST_QUESTION, elem_id="question")
                 with gradio.Row():
                     frames = gradio.Slider(1, MOST_FRAMES, value=8, step=1, label="frames of a video")
                     most = gradio.Slider(1, MOST_NEW_TOKENS, value=32, step=1, label="tokens of an answer")

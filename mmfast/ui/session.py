@@ -18,9 +18,9 @@ from mmfast.cli.patches import time_line
 from mmfast.plan import Plan
 from mmfast.report import Report
 
+LONGEST_QUESTION = 4000
 MOST_FRAMES = 64
 MOST_NEW_TOKENS = 512
-_LONGEST_QUESTION = 4000
 _LONGEST_PLAN = 1000
 
 
@@ -215,7 +215,7 @@ def _check(paths: Sequence[Any], question: str, frames: int, max_new_tokens: int
     if not question.strip():
         raise ValueError("the question is empty; type one")
     for name, value, most in (
-        ("question", len(question), _LONGEST_QUESTION),
+        ("question", len(question), LONGEST_QUESTION),
         ("frames", frames, MOST_FRAMES),
         ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS),
     ):

@@ -114,10 +114,7 @@ def test_bad_options_are_refused(changes: dict[str, Any], message: str) -> None:
         Options(**changes)
 
 
-def test_goals_are_about_cells_that_there_are_and_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmfast.bench import suite
-
-    monkeypatch.setattr(suite, "can_compile", lambda: True)
+def test_goals_are_about_cells_that_there_are_and_come_first() -> None:
     # Nothing is run or built on that device: it is only asked for its kind.
     every = [cell.key for cell in _cells(Options(device=torch.device("cuda"), dtype=torch.bfloat16), [])]
     wanted = {goal.cell for goal in GOALS}

@@ -106,6 +106,13 @@ def test_another_machine_or_date_fits(tmp_path: Path) -> None:
         assert file.finished == {"q1"}
 
 
+def test_answers_that_are_no_list_are_named_by_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", record("q1"))
+    path.write_text(path.read_text(encoding="utf-8").replace('["ä", "b"]', "null"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .* this is no line of a results file"):
+        read_results(path)
+
+
 def test_failed_samples_are_finished_unless_asked_for(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", record("q1"), record("q2", 0.0, "out of memory"))
     with ResultsFile(path, HEADER) as file:

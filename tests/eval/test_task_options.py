@@ -16,7 +16,8 @@ from mmfast.cli import main
 from mmfast.cli.task_options import read_options
 from mmfast.eval import Sample, evaluate
 from mmfast.eval.datasets import task
-from mmfast.eval.results import merge, read_results
+from mmfast.eval.records import Header, Record
+from mmfast.eval.results import ResultsFile, merge, read_results
 from mmfast.eval.runner import task_options
 from mmfast.eval.task import Media, Task
 from support.toy_task import Toy
@@ -90,6 +91,19 @@ def test_callables_are_known_by_their_name(given: Any, name: str) -> None:
     # Not by their address, with which no run could be resumed.
     assert found == f"{__name__}.{name}"
     assert json.loads(json.dumps(found)) == found
+
+
+def test_answers_judged_elsewhere_are_shown_without_the_replies(tmp_path: Path, capsys: Any) -> None:
+    judged = task("msvd-qa", scoring="judge", replies=tmp_path / "replies.jsonl")
+    options = task_options(judged)
+    # Where the file lies differs between machines; which one it is does not.
+    assert (options["replies"], "root" in options) == ("replies.jsonl", False)
+    header = Header("msvd-qa", 1, options, "accuracy", 0.0, "full", "tiny", "w", "float32", 16, 1, 8)
+    with ResultsFile(tmp_path / "out" / "a.jsonl", header) as file:
+        file.append(Record("q", "msvd-qa", "a cat", "yes", ("cat",), 1.0, scored_details={"judge_score": 4.0}))
+    assert main(["eval", "--show", "--out", str(tmp_path / "out"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["score"], row["figures"]["judge_score"]) == (100.0, 4.0)
 
 
 def test_a_task_is_of_version_one_until_it_says_otherwise(tiny: Any, tmp_path: Path) -> None:

@@ -108,6 +108,16 @@ class Clips:
             out.mux(stream.encode())
         return path
 
+    def ends_in_nonsense(self, path: Path) -> Path:
+        """A clip whose container is intact, so that packets are counted, but whose last three cannot be decoded."""
+        data = bytearray(self.make(path, options={"g": "12", "bf": "0"}).read_bytes())
+        with av.open(str(path)) as container:
+            packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        for start, size in packets[-3:]:
+            data[start : start + size] = b"\xff" * size
+        path.write_bytes(data)
+        return path
+
     @staticmethod
     def rotated(source: Path, target: Path, degrees: int) -> Path:
         """Write the matrix that tells players to turn the picture clockwise into an MP4's track header."""

@@ -52,6 +52,15 @@ def test_lines_and_lists_are_read(folder: Path) -> None:
     assert len(ConversationFile(folder / "data.json")) == 2
 
 
+def test_lines_end_where_json_lines_do(folder: Path) -> None:
+    said = [{"from": "human", "value": "one\u2028two\x85three?"}, {"from": "gpt", "value": "yes"}]
+    path = folder / "data.jsonl"
+    path.write_bytes((json.dumps({"conversations": said}, ensure_ascii=False) + "\r\n").encode())
+    source = ConversationFile(path)
+    assert len(source) == 1
+    assert source.at(0).turns[0][0] == "one\u2028two\x85three?"
+
+
 def test_clips_and_text_alone(folder: Path) -> None:
     talk = {"conversations": GOOD["conversations"]}
     clip = {**talk, "video": str(sample("bigbuckbunny.mp4"))}

@@ -127,6 +127,18 @@ def test_every_stage_learns_resumes_and_hands_on(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "model" / "TRAINING.json").is_file()
 
 
+@pytest.mark.parametrize("part", recipe.PARTS, ids=lambda part: part.name)
+@pytest.mark.parametrize("done", [0.1, 0.9])
+def test_a_stage_makes_its_tensors_where_the_student_is(part: recipe.Part, done: float) -> None:
+    stage = part.stage(Student(2), 0, 1)
+    batch = stage.batch(0, 0, 1, 1)
+    wanted = stage(batch, done).total
+    # Whatever does not follow the weights ends up on this device, and cannot be computed with.
+    with torch.device("meta"):
+        found = stage(batch, done).total
+    assert torch.equal(found, wanted)
+
+
 def test_a_stage_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train the stage 'vision' first"):
         recipe.run(recipe.PARTS[2], tmp_path)

@@ -101,6 +101,29 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
     assert objective.parts == [(0, 0, 2, 2), (0, 1, 2, 2)]
 
 
+def test_figures_of_some_passes_are_averaged_over_those(tmp_path: Path) -> None:
+    class Named(Line):
+        def forward(self, batch: Tensor, done: float) -> Loss:
+            number = float(self.parts[-1][1])
+            return Loss(super().forward(batch, done).total, {"all": number, f"only_{number:.0f}": number})
+
+    figures = train(Named(), replace(SETTINGS, steps=1, accumulate=2), tmp_path, progress=False)
+    assert (figures["all"], figures["only_0"], figures["only_1"]) == (0.5, 0.0, 1.0)
+
+
+def test_a_run_that_is_begun_anew_forgets_the_one_before(tmp_path: Path) -> None:
+    train(Line(), SETTINGS, tmp_path, progress=False)
+    train(Line(), SETTINGS, tmp_path, resume=False, stop_after=4, progress=False)
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["step-00000004"]
+
+
+def test_a_finished_run_says_so_again(tmp_path: Path) -> None:
+    first = train(Line(), SETTINGS, tmp_path, progress=False)
+    again = train(Line(), SETTINGS, tmp_path, progress=False)
+    assert again["step"] == 12
+    assert again["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step 3: the loss is not finite, for points 1 to 4; lower learning_rate"):
         train(Line(poison=3), SETTINGS, tmp_path, progress=False)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.kernels.conditional_dpp.reference import FLOOR
-from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, without_spent
+from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, cosines, without_spent
 from mmfast.kernels.rows import normalised
 
 
@@ -35,24 +35,10 @@ def conditional_dpp(features: Tensor, relevance: Tensor, kept: int, counts: Tens
 
 @triton.jit(do_not_specialize=["total", "width", "blocks", "kept", "step"])
 def _step(
-    unit,
-    relevance,
-    gain,
-    floor,
-    taken,
-    factor,
-    offers,
-    places,
-    picks,
-    total,
-    width,
-    blocks,
-    kept,
-    step,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    unit, relevance, gain, floor, taken, factor, offers, places, picks,
+    total, width, blocks, kept, step,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Find what the step before picked, -1 in step 0, take it out of all gains, and offer the best of this block."""
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -72,13 +58,7 @@ def _step(
         added = tl.zeros([BLOCK], dtype=tl.float32)
         # Nothing is taken out for a pick that gains nothing.
         if best > 0.0:
-            likeness = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
-            for start in range(0, width, WIDE):
-                column = start + tl.arange(0, WIDE)
-                picked = tl.load(unit + (image * total + pick) * width + column, mask=column < width, other=0.0)
-                own = unit + (image * total + row)[:, None] * width + column[None, :]
-                seen = inside[:, None] & (column < width)[None, :]
-                likeness += tl.load(own, mask=seen, other=0.0) * picked[None, :]
+            likeness = cosines(unit, image * total, row, inside, pick, width, BLOCK, WIDE)
             known = tl.zeros([WIDE, BLOCK], dtype=tl.float32)
             for start in range(0, step - 1, WIDE):
                 earlier = start + tl.arange(0, WIDE)
@@ -87,7 +67,7 @@ def _step(
                 ours = tl.load(at[:, None] + row[None, :], mask=exists[:, None] & inside[None, :], other=0.0)
                 known += tl.load(at + pick, mask=exists, other=0.0)[:, None] * ours
             own_weight = tl.load(relevance + image * total + pick)
-            kernel = own_weight * weight * tl.sum(likeness, axis=1) - tl.sum(known, axis=0)
+            kernel = own_weight * weight * likeness - tl.sum(known, axis=0)
             added = tl.math.div_rn(kernel, tl.math.sqrt_rn(best))
         left -= added * added
         tl.store(factor + (image * kept + step - 1) * total + row, added, mask=inside)

@@ -61,24 +61,10 @@ def greedy_cover_cosine(features: Tensor, kept: int, counts: Tensor, saliency: T
 
 @triton.jit(do_not_specialize=["total", "things", "blocks", "kept", "step"])
 def _step(
-    weights,
-    saliency,
-    taken,
-    covered,
-    offers,
-    places,
-    picks,
-    total,
-    things,
-    blocks,
-    kept,
-    step,
-    WEIGHED: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    weights, saliency, taken, covered, offers, places, picks,
+    total, things, blocks, kept, step,
+    WEIGHED: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Find what the step before picked, -1 in step 0, and offer the row of this block that adds most to it."""
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, without_spent
+from mmfast.kernels.greedy import BLOCK, WIDE, Offers, best_offer, best_row, cosines, without_spent
 from mmfast.kernels.rows import normalised, row_blocks
 
 _WALKED = 16384
@@ -86,21 +86,10 @@ def _without_matrix(unit: Tensor, counts: Tensor, picks: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["total", "width", "blocks", "kept", "step"])
 def _step(
-    unit,
-    largest,
-    counts,
-    offers,
-    places,
-    picks,
-    total,
-    width,
-    blocks,
-    kept,
-    step,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    unit, largest, counts, offers, places, picks,
+    total, width, blocks, kept, step,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Find what the step before picked, and offer the row of this block that is farthest from all picks."""
     part = tl.program_id(0)
     image = tl.program_id(1).to(tl.int64)
@@ -110,15 +99,9 @@ def _step(
         tl.store(picks + image * kept + step - 1, pick)
     row = part * BLOCK + tl.arange(0, BLOCK)
     inside = row < tl.load(counts + image)
-    likeness = tl.zeros([BLOCK, WIDE], dtype=tl.float32)
-    for start in range(0, width, WIDE):
-        column = start + tl.arange(0, WIDE)
-        picked = tl.load(unit + (image * total + pick) * width + column, mask=column < width, other=0.0)
-        own = unit + (image * total + row)[:, None] * width + column[None, :]
-        seen = inside[:, None] & (column < width)[None, :]
-        likeness += tl.load(own, mask=seen, other=0.0) * picked[None, :]
+    likeness = cosines(unit, image * total, row, inside, pick, width, BLOCK, WIDE)
     nearest = tl.load(largest + image * total + row, mask=inside, other=float("inf"))
-    nearest = tl.where(row == pick, float("inf"), tl.maximum(nearest, tl.sum(likeness, axis=1)))
+    nearest = tl.where(row == pick, float("inf"), tl.maximum(nearest, likeness))
     tl.store(largest + image * total + row, nearest, mask=inside)
     # Rows beyond the image are infinitely close: they never win, and the lowest of them is a row that exists.
     best, place = best_row(-tl.where(inside, nearest, float("inf")), row, total)

@@ -39,6 +39,10 @@ class Packed:
     asked: Tensor
     owned: Tensor
 
+    def to(self, device: torch.device) -> Packed:
+        """Return a copy on a device."""
+        return Packed(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 @dataclass
 class _Row:

@@ -79,7 +79,7 @@ class VisionStage(_Stage):
 
     def forward(self, batch: list[Episode], done: float) -> Loss:
         """Read labels off patches, and later off the class token too."""
-        pixels, labels = _stacked(batch)
+        pixels, labels = _stacked(batch, self.student.device)
         features, pooled = self.student.see(pixels)
         loss, figures = self.student.dense_loss(features, labels)
         if done >= 0.7:
@@ -132,8 +132,8 @@ class LanguageStage(_Stage):
         """Answer, and look at what was asked about."""
         episodes, packed = batch
         student = self.student
-        visual = student.symbols(_labels(episodes), student.language.embed_tokens.weight)
-        answer, looked, figures = student.read(packed, visual, attended=done < 0.7)
+        visual = student.symbols(_labels(episodes, student.device), student.language.embed_tokens.weight)
+        answer, looked, figures = student.read(packed.to(student.device), visual, attended=done < 0.7)
         return Loss(answer + 0.15 * looked, {**figures, "attention": float(looked.detach())})
 
 
@@ -153,8 +153,8 @@ class AlignStage(_Stage):
 
     def forward(self, batch: list[Episode], done: float) -> Loss:
         """Fit the symbols of patches with objects, and some of the background."""
-        pixels, labels = _stacked(batch)
         student = self.student
+        pixels, labels = _stacked(batch, student.device)
         with torch.no_grad():
             features, _ = student.see(pixels)
             wanted = student.symbols(labels, student.language.embed_tokens.weight)
@@ -199,11 +199,11 @@ class JointStage(_Stage):
     def forward(self, batch: tuple[list[Episode], Packed], done: float) -> Loss:
         """Answer from pixels; the patches go on saying what they show."""
         episodes, packed = batch
-        pixels, labels = _stacked(episodes)
         student = self.student
+        pixels, labels = _stacked(episodes, student.device)
         features, pooled = student.see(pixels)
         dense, named = student.dense_loss(features, labels)
-        answer, _, figures = student.read(packed, student.projector(features), attended=False)
+        answer, _, figures = student.read(packed.to(student.device), student.projector(features), attended=False)
         presence = student.presence_loss(pooled, labels)
         kind = "clips" if len(episodes[0].scenes) > 1 else "pictures"
         return Loss(
@@ -230,12 +230,13 @@ def _thinned(episode: Episode, most: int, rng: np.random.Generator) -> list[np.n
     return kept
 
 
-def _labels(episodes: Sequence[Episode]) -> dict[str, Tensor]:
-    return {name: torch.cat([episode.labels[name] for episode in episodes]) for name in episodes[0].labels}
+def _labels(episodes: Sequence[Episode], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.cat([episode.labels[name] for episode in episodes]).to(device) for name in episodes[0].labels}
 
 
-def _stacked(episodes: Sequence[Episode]) -> tuple[Tensor, dict[str, Tensor]]:
-    return torch.cat([e.pixels for e in episodes if e.pixels is not None]), _labels(episodes)
+def _stacked(episodes: Sequence[Episode], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    pixels = torch.cat([e.pixels for e in episodes if e.pixels is not None])
+    return pixels.to(device), _labels(episodes, device)
 
 
 __all__ = ["STUDENT", "AlignStage", "JointStage", "LanguageStage", "VisionStage"]

@@ -46,6 +46,11 @@ class Student(nn.Module):
             self.symbols = Symbols(config.text_config.hidden_size, self.processor.tokenizer)
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie; whatever it is shown must lie there too."""
+        return self.present.weight.device
+
+    @property
     def tower(self) -> Any:
         """The vision tower."""
         return self.model.model.vision_tower
@@ -96,7 +101,7 @@ class Student(nn.Module):
 
     def presence_loss(self, pooled: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """Let the class token say which coloured shapes and which characters there are, so that it looks at them."""
-        wanted = torch.zeros(pooled.shape[0], self.present.out_features)
+        wanted = torch.zeros(pooled.shape[0], self.present.out_features, device=pooled.device)
         color, shape, character = (labels[name] for name in ("color", "shape", "character"))
         for frame in range(pooled.shape[0]):
             shapes = (shape[frame] > 0) & (shape[frame] <= len(SHAPES))
@@ -118,8 +123,10 @@ class Student(nn.Module):
         table = self.language.embed_tokens.weight
         embeds = functional.embedding(packed.ids, table)
         rows = packed.places
-        embeds = embeds.index_put((rows[:, 0], rows[:, 1]), visual[packed.patches[:, 0], packed.patches[:, 1]])
-        mask = torch.zeros(packed.visible.shape).masked_fill(~packed.visible, torch.finfo(torch.float32).min)
+        shown = visual[packed.patches[:, 0], packed.patches[:, 1]].to(embeds.dtype)
+        embeds = embeds.index_put((rows[:, 0], rows[:, 1]), shown)
+        hidden = ~packed.visible
+        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, torch.finfo(torch.float32).min)
         out = self.language(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -138,7 +145,7 @@ class Student(nn.Module):
         """Ask two middle layers to look at the objects that an answer depends on, with every second head."""
         there = packed.owned.any(dim=1)
         if not bool(there.any()):
-            return torch.zeros(())
+            return torch.zeros((), device=packed.owned.device)
         rows, places = packed.asked[there, 0], packed.asked[there, 1]
         middle = len(attentions) // 2
         losses = []
@@ -205,14 +212,16 @@ class Symbols(nn.Module):
         Returns:
             ``[F, 256, D]``.
         """
-        place = torch.arange(PATCHES)
+        device = words.device
+        place = torch.arange(PATCHES, device=device)
         row, column = place // GRID, place % GRID
         there = labels["shape"] > 0
         flag = there.long() + labels["centre"]
         out: Tensor = self.row(row) + self.column(column) + self.flag(flag)
         for name, table in self._tables.items():
-            out = out + _worded(torch.tensor(table)[labels[name]], words)
-        where = _worded(torch.tensor(self._above)[row], words) + _worded(torch.tensor(self._beside)[column], words)
+            out = out + _worded(torch.tensor(table, device=device)[labels[name]], words)
+        above, beside = (torch.tensor(table, device=device) for table in (self._above, self._beside))
+        where = _worded(above[row], words) + _worded(beside[column], words)
         return out + 0.7 * where * there[..., None]
 
 

@@ -165,6 +165,13 @@ class TestMvBench:
         (fewer,) = task("mvbench", root, split="episodic_reasoning", frames=4).samples()
         assert len(fewer.frames) == 4
 
+    def test_folders_of_pictures_outside_are_refused(self, lay_out: LayOut) -> None:
+        root = self.lay(lay_out)
+        path = root / "json/episodic_reasoning.json"
+        path.write_text(path.read_text().replace('"castle_s01"', '"../frames_fps3_hq/castle_s01"'))
+        with pytest.raises(ValueError, match=r"episodic_reasoning.json, record 1: .* leads out of"):
+            list(task("mvbench", root, split="episodic_reasoning").samples())
+
     def test_mean_over_abilities_counts_failed_questions(
         self, lay_out: LayOut, monkeypatch: pytest.MonkeyPatch
     ) -> None:
