@@ -11,8 +11,8 @@ from typing import Any
 
 from mmfast.training.compression import Compression
 from mmfast.training.conversations import ConversationFile, Source, WorldSource
-from mmfast.training.draft_heads import DraftHead
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads.objective import DraftHead
+from mmfast.training.draft_heads.options import HeadOptions
 from mmfast.training.gates import Gates
 from mmfast.training.objective import Objective
 from mmfast.training.projectors import Projectors

@@ -21,7 +21,7 @@ from mmfast.token_pruning.before_llm.tokenpacker import TokenPacker
 from mmfast.token_pruning.before_llm.uhd_resampler import UhdResampler, slice_grid
 from mmfast.token_pruning.projector_base import Blocks, block_size, raster_grid, resized_table, sincos, square_table
 from mmfast.tokens import Keep, Layout, VisualTokens
-from mmfast.training.compressors.deepstack import dilated_sets
+from mmfast.training.modules.deepstack import dilated_sets
 
 LEARNED = (
     "ccam(heads=2)",

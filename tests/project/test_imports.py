@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"core", "token_pruning", "plan", "accelerate"},
     "zoo": {"core"},
     # The rendered world is what the embedded model, and heads for it, are trained on.
-    "training": {"public", "media", "speculative", "world"},
+    "training": {"public", "media", "token_pruning", "speculative", "world"},
     "eval": {"public", "media", "world", "page"},
     "world": {"core"},
     "bench": {"public", "core", "kernels", "accelerate"},

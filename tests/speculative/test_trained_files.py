@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 import mmfast
 from mmfast.registry import build
 from mmfast.speculative.base import Drafter
-from mmfast.training import draft_heads
 from mmfast.training.conversations import WorldSource
-from mmfast.training.draft_heads_answers import Answer, recall
-from mmfast.training.draft_heads_answers import write as answered
-from mmfast.training.draft_heads_evaluation import held_out
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads import objective as draft_heads
+from mmfast.training.draft_heads.answers import Answer, recall
+from mmfast.training.draft_heads.answers import write as answered
+from mmfast.training.draft_heads.evaluation import held_out
+from mmfast.training.draft_heads.options import HeadOptions
 from support.drafting import Toy, tokens_per_forward
 from support.heads import (
     HEADS,

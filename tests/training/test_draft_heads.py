@@ -17,13 +17,13 @@ from torch import Tensor
 
 import mmfast
 from mmfast.registry import build
-from mmfast.training import draft_heads_answers
 from mmfast.training.conversations import Conversation, ConversationFile, Source, WorldSource
-from mmfast.training.draft_heads import DraftHead, new_head, share_of_pictures
-from mmfast.training.draft_heads_answers import Answer, Answers, noisy, recall, taught, write
-from mmfast.training.draft_heads_evaluation import held_out
-from mmfast.training.draft_heads_methods import KINDS, output_of
-from mmfast.training.draft_heads_options import METHODS, HeadOptions
+from mmfast.training.draft_heads import answers as draft_heads_answers
+from mmfast.training.draft_heads.answers import Answer, Answers, noisy, recall, taught, write
+from mmfast.training.draft_heads.evaluation import held_out
+from mmfast.training.draft_heads.objective import DraftHead, new_head, share_of_pictures
+from mmfast.training.draft_heads.options import METHODS, HeadOptions
+from mmfast.training.draft_heads.teaching import KINDS, output_of
 from mmfast.training.objective import BadExample
 from mmfast.training.recipe import Recipe
 from mmfast.training.settings import Settings

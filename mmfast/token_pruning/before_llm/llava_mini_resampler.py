@@ -36,7 +36,7 @@ class LlavaMiniResamplerMerger(LearnedMerger):
     """Let a square of learned queries read the encoder's features; the projector then sees what they read.
 
     This is the compressor alone: the paper also fuses the image into the text before the language model, see
-    :mod:`mmfast.training.compressors.llava_mini`. Without ``weights`` the queries are random (mechanics only).
+    :mod:`mmfast.training.modules.llava_mini`. Without ``weights`` the queries are random (mechanics only).
 
     Weights: the state dict of :class:`LlavaMiniResampler`, whose names are those of the official code; they fit one
     number of queries.

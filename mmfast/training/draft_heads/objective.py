@@ -16,10 +16,10 @@ from torch import nn
 from mmfast.speculative.heads.base import HeadConfig
 from mmfast.speculative.heads.feature import FeatureHead
 from mmfast.training.conversations import Source
-from mmfast.training.draft_heads_answers import Answer, Answers, noisy, seeded
-from mmfast.training.draft_heads_evaluation import check_enough, evaluate, held_out
-from mmfast.training.draft_heads_methods import KINDS, output_of
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads.answers import Answer, Answers, noisy, seeded
+from mmfast.training.draft_heads.evaluation import check_enough, evaluate, held_out
+from mmfast.training.draft_heads.options import HeadOptions
+from mmfast.training.draft_heads.teaching import KINDS, output_of
 from mmfast.training.objective import Loss, Objective
 
 
@@ -99,7 +99,7 @@ class DraftHead(Objective):
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def evaluate(self, folder: Path) -> dict[str, float]:
-        """Try the exported head on held-out questions, see :func:`mmfast.training.draft_heads_evaluation.evaluate`."""
+        """Try the exported head on held-out questions, see :func:`mmfast.training.draft_heads.evaluation.evaluate`."""
         asked = held_out(self.source, self.options)
         return evaluate(self.model, self.processor, asked, self.options, folder)
 

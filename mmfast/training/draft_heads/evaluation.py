@@ -12,8 +12,8 @@ from torch import Tensor
 import mmfast
 from mmfast.eval.datasets.shapes import Shapes
 from mmfast.training.conversations import Conversation, ConversationFile, Source, WorldSource
-from mmfast.training.draft_heads_answers import inputs_of
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads.answers import inputs_of
+from mmfast.training.draft_heads.options import HeadOptions
 
 EVALUATION = "evaluation.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfast.token_pruning.cubes import (
+from mmfast.training.modules.quicksviewer import (
     CubeCutter,
     QuicksviewerCubes,
     cubes_of,

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mmfast.training.compressors.crosslmm import DualCrossAttention, GatedCrossAttention, crossed, pool_frames
-from mmfast.training.compressors.deepstack import dilated_sets, mosaic, stacked, take_sets
-from mmfast.training.compressors.llava_mini import PreFusion, fuse_frames, raw_rows, splice
+from mmfast.training.modules.crosslmm import DualCrossAttention, GatedCrossAttention, crossed, pool_frames
+from mmfast.training.modules.deepstack import dilated_sets, mosaic, stacked, take_sets
+from mmfast.training.modules.llava_mini import PreFusion, fuse_frames, raw_rows, splice
 
 WIDTH = 16
 IMAGE, PAD = -200, 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmfast.adapters import prepare
 from mmfast.speculative.base import Prefill
 from mmfast.training.conversations import Conversation, Source
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads.options import HeadOptions
 
 BLOCK = 32
 """Answers per file: as many are lost at most when the run is killed while the model writes."""

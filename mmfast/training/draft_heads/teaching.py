@@ -13,8 +13,8 @@ from mmfast.speculative.heads.base import HeadConfig
 from mmfast.speculative.heads.feature import CompressedHead, FeatureHead
 from mmfast.speculative.heads.static import HydraHeads, LatentHead, MedusaHeads
 from mmfast.training import losses
-from mmfast.training.draft_heads_answers import Answer
-from mmfast.training.draft_heads_options import HeadOptions
+from mmfast.training.draft_heads.answers import Answer
+from mmfast.training.draft_heads.options import HeadOptions
 
 Output = Callable[[Tensor], Tensor]
 """Hidden states ``[n, D]`` -> the logarithms of their laws, float32 ``[n, V]``."""

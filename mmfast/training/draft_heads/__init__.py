@@ -1,0 +1,1 @@
+"""Teaching drafters to foretell a model, from answers it writes itself."""
