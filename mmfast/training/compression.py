@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from mmfast.adapters import add_compression_tokens
 from mmfast.training.conversations import Source
-from mmfast.training.objective import Loss
-from mmfast.training.supervised import IGNORED, Supervised, Taught, Trained, answer_loss, encode
+from mmfast.training.objective import IGNORED, Loss
+from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, encode
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Compression(Supervised):
         """Take the conversations of a step: for the model, and without compression tokens for its teacher."""
         first = (step * parts + part) * size
         conversations = [self.source.at(first + i) for i in range(size)]
-        count = int(np.random.default_rng(step).choice(self.counts))
+        count = int(np.random.default_rng([self.source.seed, step]).choice(self.counts))
         shown = encode(self.processor, conversations, num_compressed=count)
         plain = None if self.teacher is None else encode(self.processor, conversations, num_compressed=0)
         return Paired(shown.inputs, shown.labels, shown.where, plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from mmfast.eval.datasets.shapes import Shapes
+from mmfast.eval.datasets.shapes import Record, Shapes, ask
 from mmfast.media import MediaError, load_image, read_video
 from mmfast.training.objective import BadExample
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _PLACEHOLDERS = ("<image>", "<video>")
 _MOST_BAD = 100
+_MOST_QUESTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,13 @@ class Conversation:
 
 
 class Source(ABC):
-    """An endless row of conversations, the same each time it is read."""
+    """An endless row of conversations, the same each time it is read.
+
+    Attributes:
+        seed: of its order, and of what else a run draws for each step.
+    """
+
+    seed: int = 0
 
     @abstractmethod
     def at(self, number: int) -> Conversation:
@@ -151,12 +158,17 @@ class ConversationFile(Source):
 
 
 class WorldSource(Source):
-    """Questions about the rendered world, one per conversation.
+    """Questions about the rendered world.
 
     Args:
         num_frames: 1 for pictures, more for clips.
         families: as in :class:`mmfast.eval.Shapes`.
         seed: which part of the training split.
+        questions: asked of each picture at most, one after the other; no two about the same object, so that an answer
+            cannot be read off an earlier one. Clips are asked one question.
+
+    Raises:
+        ValueError: for an unknown family, or several questions about clips.
 
     Example:
         >>> WorldSource(families=["color"]).at(3).turns[0][1] in ("red", "green", "blue", "yellow", "purple", "orange",
@@ -164,8 +176,13 @@ class WorldSource(Source):
         True
     """
 
-    def __init__(self, num_frames: int = 1, families: Sequence[str] | None = None, seed: int = 0) -> None:
-        self.num_frames, self.seed = num_frames, seed
+    def __init__(
+        self, num_frames: int = 1, families: Sequence[str] | None = None, seed: int = 0, *, questions: int = 1
+    ) -> None:
+        most = _MOST_QUESTIONS if num_frames == 1 else 1
+        if isinstance(questions, bool) or not 1 <= questions <= most:
+            raise ValueError(f"questions={questions!r} must be an int from 1 to {most} where num_frames={num_frames}")
+        self.num_frames, self.seed, self.questions = num_frames, seed, questions
         self.families = tuple(Shapes(families=families, num_frames=num_frames).families or ())
 
     def at(self, number: int) -> Conversation:
@@ -179,10 +196,23 @@ class WorldSource(Source):
             num_frames=self.num_frames,
         )
         record = next(iter(drawn))
-        turns = ((record.question, record.answer),)
+        turns = ((record.question, record.answer), *self._more(record, number))
         if self.num_frames == 1:
             return Conversation(turns, images=record.frames, where=record.question_id)
         return Conversation(turns, frames=record.frames, where=record.question_id)
+
+    def _more(self, record: Record, number: int) -> Iterator[tuple[str, str]]:
+        """Ask about the objects of a picture that nobody has asked about yet."""
+        rng = np.random.default_rng([self.seed, number])
+        taken, asked = set(record.object_ids), {record.question}
+        for _ in range(2 * self.questions):
+            for question in ask(record.scene, rng, self.families):
+                # A question that depends on no object says what is not there: that gives nothing away either.
+                fresh = question.text not in asked and taken.isdisjoint(question.object_ids)
+                if fresh and len(asked) < self.questions:
+                    taken |= set(question.object_ids)
+                    asked.add(question.text)
+                    yield question.text, question.answer
 
 
 @lru_cache(maxsize=4)

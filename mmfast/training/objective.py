@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+IGNORED = -100
+"""Label of a place where nothing is to be learned."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -73,9 +76,17 @@ class Objective(nn.Module, ABC):
         """Name the examples of a batch, for messages; "" where nothing is known of them."""
         return ""
 
+    def weight(self, batch: Any) -> float:
+        """Say how much a batch counts beside the others of its step: what its loss is the mean of, such as tokens."""
+        del batch
+        return 1.0
+
     def matrices(self) -> list[nn.Parameter]:
-        """Parameters that Muon may orthogonalise: those of two axes, embeddings left out."""
+        """Parameters that Muon may orthogonalise: those of two axes, embeddings and output layers left out."""
         embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
+        for part in self.modules():
+            output = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
+            embeddings |= {id(output.weight)} if isinstance(output, nn.Linear) else set()
         return [p for p in self.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embeddings]
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import mmfast
 from mmfast.training.conversations import Source
-from mmfast.training.objective import Loss
-from mmfast.training.supervised import IGNORED, Supervised, Taught, Trained, answer_loss
+from mmfast.training.objective import IGNORED, Loss
+from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss
 
 
 class Projectors(Supervised):
@@ -79,7 +79,7 @@ class Projectors(Supervised):
         """Take the conversations of a step and the method at the counts it is taught at."""
         chosen = tuple(self.methods)
         if self.per_step == "one":
-            chosen = (self.methods[int(np.random.default_rng(step).integers(len(self.methods)))],)
+            chosen = (self.methods[int(np.random.default_rng([self.source.seed, step]).integers(len(self.methods)))],)
         return super().batch(step, part, parts, size), chosen
 
     def forward(self, batch: tuple[Taught, tuple[Any, ...]], done: float) -> Loss:  # type: ignore[override]
@@ -94,6 +94,10 @@ class Projectors(Supervised):
         # At a count that leaves the images as they are, nothing of the method is asked: such a step teaches the model.
         unused = sum((weight.sum() * 0.0 for weight in self.learned.parameters()), total)
         return Loss(unused, figures)
+
+    def weight(self, batch: tuple[Taught, tuple[Any, ...]]) -> float:  # type: ignore[override]
+        """Count the tokens of the answers, over which the loss is the mean."""
+        return super().weight(batch[0])
 
     def describe(self, batch: tuple[Taught, tuple[Any, ...]]) -> str:  # type: ignore[override]
         """Name the conversations."""

@@ -33,7 +33,7 @@ class Recipe:
     Attributes:
         model: a hub id or folder, or ``"embedded"``.
         data: ``{"file": path, "media": folder, "frames": n}`` for conversations, ``{"world": true, "frames": n,
-            "families": [...]}`` for the rendered world.
+            "families": [...], "questions": n}`` for the rendered world.
         kind: a name of :data:`OBJECTIVES`.
         options: what that objective takes.
         settings: the numbers.
@@ -91,7 +91,7 @@ class Recipe:
         model = content.get("model", {})
         _known(model, ("path",), "field of [model]")
         data = content.get("data", {"world": True})
-        _known(data, ("file", "media", "frames", "world", "families"), "field of [data]")
+        _known(data, ("file", "media", "frames", "world", "families", "questions"), "field of [data]")
         objective = dict(content.get("objective", {}))
         kind = objective.pop("kind", "supervised")
         _known({kind: 0}, tuple(OBJECTIVES), "kind of objective")
@@ -124,11 +124,15 @@ class Recipe:
                 seed=self.settings.seed,
                 on_bad=self.settings.on_bad,
             )
-        return WorldSource(frames or 1, self.data.get("families"), self.settings.seed)
+        return WorldSource(
+            frames or 1, self.data.get("families"), self.settings.seed, questions=self.data.get("questions", 1)
+        )
 
 
 def _supervised(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
     _known(options, ("plan", "trained"), "field of [objective]")
+    if options.get("trained") == "plan":
+        raise ValueError("trained='plan' is for kind 'gates' or 'projector'; 'supervised' teaches the model itself")
     return Supervised(model, processor, source, **options)
 
 

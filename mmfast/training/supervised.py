@@ -15,9 +15,7 @@ from torch.nn import functional
 import mmfast
 from mmfast.adapters import prepare
 from mmfast.training.conversations import Conversation, Source
-from mmfast.training.objective import BadExample, Loss, Objective
-
-IGNORED = -100
+from mmfast.training.objective import IGNORED, BadExample, Loss, Objective
 
 Trained = Literal["all", "language", "projector", "language+projector", "plan"]
 
@@ -46,7 +44,7 @@ class Supervised(Objective):
         source: what it is taught.
         plan: at work while it learns: a model trained with dropped tokens bears dropping, and its steps are shorter.
         trained: ``"all"``, ``"language"`` (decoder and output layer), ``"projector"``, ``"language+projector"``, or
-            ``"plan"``: only the learned parts of the plan's methods.
+            ``"plan"``: nothing of the model, for the objectives that build on this one and teach parts of methods.
 
     Raises:
         ValueError: for another word, or if nothing is left to train.
@@ -90,6 +88,10 @@ class Supervised(Objective):
     def _lesson(self, answers: Tensor, done: float) -> AbstractContextManager[Any]:
         """Tell the methods at work where the answers are: what a prompt decides, it decides before them."""
         return nullcontext() if self.fast is None else self.fast.training(answers, done=done)
+
+    def weight(self, batch: Taught) -> float:
+        """Count the tokens of the answers, over which the loss is the mean."""
+        return float((batch.labels[:, 1:] != IGNORED).sum())
 
     def describe(self, batch: Taught) -> str:
         """Name the conversations."""

@@ -8,19 +8,20 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mmfast.training import checkpoints
-from mmfast.training.objective import Loss, Objective
+from mmfast.training.objective import BadExample, Loss, Objective
 from mmfast.training.optimizers import Muon
 from mmfast.training.settings import Settings
 
 LOG = "log.jsonl"
+_PATIENCE = timedelta(hours=6)
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class _Run:
 
     def __init__(self, objective: Objective, settings: Settings, folder: Path, *, progress: bool) -> None:
         try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs
+            from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         except ImportError as error:
             raise ImportError("training needs accelerate; install mmfast[train]") from error
         if not any(p.requires_grad for p in objective.parameters()):
@@ -73,7 +74,9 @@ class _Run:
         self.objective, self.settings, self.folder, self.progress = objective, settings, folder, progress
         # Which parts of a mixture take part differs from step to step.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused])
+        # The others wait while the first process exports and measures, or one of them writes the longest answers.
+        patient = InitProcessGroupKwargs(timeout=_PATIENCE)
+        self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused, patient])
         optimizer = optimizer_of(objective, settings)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -111,43 +114,68 @@ class _Run:
 
     def _step(self, step: int) -> Loss:
         settings, world = self.settings, self.accelerator.num_processes
+        count = settings.accumulate
         # Dropout and everything else that is drawn depends on the step, not on what came before it.
         torch.manual_seed((settings.seed * 1_000_003 + step) * world + self.accelerator.process_index)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * settings.rate_at(step)
         self.optimizer.zero_grad()
+        batches, weights = self._batches(step)
+        if not batches:
+            return Loss(torch.tensor(math.nan, device=self.accelerator.device))
         losses: list[Loss] = []
-        for turn in range(settings.accumulate):
-            part = self.accelerator.process_index * settings.accumulate + turn
-            batch = self.objective.batch(step, part, world * settings.accumulate, settings.batch // settings.accumulate)
-            last = turn + 1 == settings.accumulate
+        for turn, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            last = turn + 1 == count
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 loss: Loss = self.wrapped(batch, step / settings.steps)
                 losses.append(loss)
-                if not self._usable(loss.total, batch, step):
+                if not self._all(bool(torch.isfinite(loss.total.detach()).all())):
+                    self._refuse_loss(step, batch)
                     self.optimizer.zero_grad()
                     return loss
-                self.accelerator.backward(loss.total / settings.accumulate)
+                # The gradients of the processes are averaged, so that the shares of one add up to its part of all.
+                self.accelerator.backward(loss.total * (weight * world))
         if settings.clip_value:
             self.accelerator.clip_grad_value_(self.objective.parameters(), settings.clip_value)
         if settings.clip:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip)
         self.optimizer.step()
-        return _averaged(losses)
+        return _averaged(losses, weights)
 
-    def _usable(self, total: Tensor, batch: Any, step: int) -> bool:
-        """Say whether all processes have a finite loss; they go on or stop together."""
-        fine = torch.isfinite(total.detach()).all().float()
-        if self.accelerator.num_processes > 1:
-            fine = self.accelerator.reduce(fine, reduction="mean")
-        if float(fine) == 1.0:
-            return True
+    def _batches(self, step: int) -> tuple[list[Any], list[float]]:
+        """Make this process's batches of a step, and the share of the step that each is; none if one is bad."""
+        count, world = self.settings.accumulate, self.accelerator.num_processes
+        first, batches, fine = self.accelerator.process_index * count, [], True
+        try:
+            for part in range(first, first + count):
+                batches.append(self.objective.batch(step, part, world * count, self.settings.batch // count))
+        except BadExample as error:
+            if self.settings.on_bad == "stop":
+                raise
+            logger.warning("%s; step %d is left out", error, step)
+            fine = False
+        if not self._all(fine):
+            return [], []
+        weights = [self.objective.weight(batch) for batch in batches]
+        total = sum(weights) or 1.0
+        if world > 1:
+            total = float(self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "sum"))
+        return batches, [weight / total for weight in weights]
+
+    def _all(self, fine: bool) -> bool:
+        """Say whether all processes can go on; they do, or stop, together."""
+        if self.accelerator.num_processes == 1:
+            return fine
+        agreed = self.accelerator.reduce(torch.tensor(float(fine), device=self.accelerator.device), "mean")
+        return float(agreed) == 1.0
+
+    def _refuse_loss(self, step: int, batch: Any) -> None:
+        """Stop, or warn, because of a loss that is not finite."""
         named = self.objective.describe(batch)
         message = f"step {step}: the loss is not finite{f', for {named}' if named else ''}"
         if self.settings.on_bad == "stop":
             raise ValueError(f"{message}; lower learning_rate, or set on_bad to 'skip'")
         logger.warning("%s; the step is left out", message)
-        return False
 
     def _log(self, step: int, loss: Loss, seen: int, seconds: float) -> None:
         total = loss.total.detach().float()
@@ -184,6 +212,8 @@ def optimizer_of(objective: Objective, settings: Settings) -> torch.optim.Optimi
         return torch.optim.AdamW(
             groups, settings.learning_rate, betas=(0.9, settings.adam_beta2), weight_decay=settings.weight_decay
         )
+    if any(share != 1.0 for _, share in objective.groups()):
+        raise ValueError("optimizer='muon' has one rate for all matrices; leave model_rate at 1, or take adamw")
     matrices = objective.matrices()
     chosen = {id(p) for p in matrices}
     return Muon(
@@ -202,16 +232,17 @@ def read_log(folder: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def _averaged(losses: list[Loss]) -> Loss:
+def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
     if len(losses) == 1:
         return losses[0]
-    found: dict[str, list[float]] = {}
-    for loss in losses:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for loss, weight in zip(losses, weights, strict=True):
         for name, value in loss.figures.items():
-            found.setdefault(name, []).append(value)
+            found.setdefault(name, []).append((value, weight))
     # A figure may be known of some of the passes only.
-    figures = {name: sum(values) / len(values) for name, values in found.items()}
-    return Loss(torch.stack([loss.total.detach() for loss in losses]).mean(), figures)
+    figures = {name: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for name, pairs in found.items()}
+    totals = torch.stack([loss.total.detach() * weight for loss, weight in zip(losses, weights, strict=True)])
+    return Loss(totals.sum() / sum(weights), figures)
 
 
 def _step_of(line: str) -> float:

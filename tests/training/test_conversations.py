@@ -124,6 +124,27 @@ def test_the_world_takes_families_in_turn() -> None:
     assert len(WorldSource(3).at(0).frames) == 3
 
 
+def test_several_questions_about_a_picture_are_about_different_objects() -> None:
+    source = WorldSource(families=["color", "shape"], questions=6)
+    lengths = []
+    for number in range(12):
+        turns = source.at(number).turns
+        lengths.append(len(turns))
+        assert len({question for question, _ in turns}) == len(turns)
+        for question, answer in turns:
+            # After "what color is the star? red" nobody asks what shape the red object has.
+            assert not any(answer in other.rstrip("?").split() for other, _ in turns if other != question)
+        assert turns[:1] == WorldSource(families=["color", "shape"]).at(number).turns
+    assert 3 < max(lengths) <= 6
+    assert source.at(3).turns == WorldSource(families=["color", "shape"], questions=6).at(3).turns
+
+
+@pytest.mark.parametrize(("frames", "questions"), [(1, 0), (1, 33), (1, True), (4, 2)])
+def test_a_number_of_questions_out_of_range_is_refused(frames: int, questions: int) -> None:
+    with pytest.raises(ValueError, match="questions="):
+        WorldSource(frames, questions=questions)
+
+
 def pieces(taught: Any, processor: Any) -> Iterator[str]:
     """The runs of learned tokens, as text."""
     for row in taught.labels:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmfast.training import checkpoints
-from mmfast.training.objective import Loss, Objective
+from mmfast.training.objective import BadExample, Loss, Objective
 from mmfast.training.optimizers import Muon, orthogonalised
 from mmfast.training.settings import Settings
 from mmfast.training.trainer import LOG, optimizer_of, read_log, train
@@ -103,12 +103,78 @@ def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
 
 def test_figures_of_some_passes_are_averaged_over_those(tmp_path: Path) -> None:
     class Named(Line):
+        passes = 0
+
         def forward(self, batch: Tensor, done: float) -> Loss:
-            number = float(self.parts[-1][1])
+            number = float(self.passes)
+            self.passes += 1
             return Loss(super().forward(batch, done).total, {"all": number, f"only_{number:.0f}": number})
 
     figures = train(Named(), replace(SETTINGS, steps=1, accumulate=2), tmp_path, progress=False)
     assert (figures["all"], figures["only_0"], figures["only_1"]) == (0.5, 0.0, 1.0)
+
+
+class Shares(Objective):
+    """Fit a number to the mean of values, of which the passes of a step have one and three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.zeros(()))
+
+    def batch(self, step: int, part: int, parts: int, size: int) -> Tensor:
+        values = torch.tensor([8.0, 1.0, 2.0, 3.0])
+        return values if parts == 1 else values[:1] if part == 0 else values[1:]
+
+    def forward(self, batch: Tensor, done: float) -> Loss:
+        mean = (self.number - batch).square().mean()
+        return Loss(mean, {"mean": float(mean.detach())})
+
+    def weight(self, batch: Tensor) -> float:
+        return len(batch)
+
+    def export(self, folder: Path) -> None:
+        (folder / "number").write_text(str(float(self.number.detach())))
+
+
+def test_passes_count_by_what_their_losses_are_means_of(tmp_path: Path) -> None:
+    found = []
+    for accumulate in (1, 2):
+        settings = replace(SETTINGS, steps=1, warmup=0, clip=0.0, accumulate=accumulate)
+        objective = Shares()
+        figures = train(objective, settings, tmp_path / str(accumulate), progress=False)
+        found.append((figures["loss"], figures["mean"], float(objective.number.grad or 0.0)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0][2] == pytest.approx(-7.0)
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_bad_example_stops_or_leaves_out_its_step(
+    tmp_path: Path, on_bad: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Spoilt(Line):
+        def batch(self, step: int, part: int, parts: int, size: int) -> Tensor:
+            if step == 3 and part == 1:
+                raise BadExample("here.jsonl:7: no answer")
+            return super().batch(step, part, parts, size)
+
+    settings = replace(SETTINGS, accumulate=2, on_bad=on_bad)
+    if on_bad == "stop":
+        with pytest.raises(BadExample, match=r"here\.jsonl:7"):
+            train(Spoilt(), settings, tmp_path, progress=False)
+        return
+    with caplog.at_level(logging.WARNING):
+        figures = train(Spoilt(), settings, tmp_path, progress=False)
+    assert figures["step"] == 12
+    assert "here.jsonl:7: no answer; step 3 is left out" in caplog.text
+
+
+def test_muon_refuses_rates_of_parts() -> None:
+    class Parts(Line):
+        def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+            return [(list(self.net.parameters()), 0.1)]
+
+    with pytest.raises(ValueError, match="model_rate"):
+        optimizer_of(Parts(), replace(SETTINGS, optimizer="muon"))
 
 
 def test_a_run_that_is_begun_anew_forgets_the_one_before(tmp_path: Path) -> None:

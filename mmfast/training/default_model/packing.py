@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.training.default_model.world import PATCHES, Episode
-
-IGNORED = -100
+from mmfast.training.objective import IGNORED
 
 
 @dataclass(frozen=True)

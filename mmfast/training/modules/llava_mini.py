@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100
+from mmfast.training.objective import IGNORED
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """Runs a layer: (layer, states ``[B, n, D]``, bool mask ``[B, 1, n, n]`` of who is seen, positions ``[B, n]``)."""
