@@ -1,7 +1,7 @@
 """Do compression tokens learn to carry an image? Two small proofs, made from nothing on one CPU thread.
 
     python benchmarks/voco.py task --task count --seeds 0
-    python benchmarks/voco.py world --tokens 4
+    python benchmarks/voco.py world --loss ce
 
 ``task``: a tiny LLaVA with random weights, pictures of 16 or 25 patches that each show one of some symbols, and
 questions that only the patches can answer: how often is a symbol there (``count``), which one is at a place
@@ -9,7 +9,9 @@ questions that only the patches can answer: how often is a symbol there (``count
 and the same weights with the image hidden are the lower one. From there it goes on with the image hidden (voco), with
 the image pooled and with a random choice of its tokens, equally many steps each.
 
-``world``: the embedded model on questions about the rendered world, likewise.
+``world``: the embedded model on questions about the rendered world. It is taught compression tokens, or with
+``--method pool2d`` to read what that method leaves of an image, at as many steps and counts; ``bounds`` measures it as
+it is.
 
 Results are merged into the file that ``--out`` names.
 """
@@ -39,6 +41,7 @@ from mmfast.eval import Shapes
 from mmfast.training.compression import Compression
 from mmfast.training.conversations import WorldSource
 from mmfast.training.objective import Loss, Objective
+from mmfast.training.projectors import Projectors
 from mmfast.training.settings import Settings
 from mmfast.training.supervised import Supervised
 from mmfast.training.trainer import train
@@ -275,26 +278,28 @@ def run_world(options: argparse.Namespace) -> dict[str, Any]:
     """Train the embedded model in one way and measure what was exported, loaded anew."""
     records = list(Shapes(split="heldout", families=options.families, num_questions=options.questions))
     model, processor = mmfast.load_default(dtype="float32")
-    source = WorldSource(families=options.families, seed=options.seed)
+    source = WorldSource(families=options.families, seed=options.seed, questions=options.turns)
     objective: Supervised
-    if options.plan:
-        objective = Supervised(model, processor, source, plan=options.plan, trained="language+projector")
-        name = options.plan
+    if options.method:
+        taught = {"keep": options.tokens, "per_step": "one", "trained": "language+projector"}
+        objective = Projectors(model, processor, source, method=f"{options.method}()", **taught)
+        name = options.method
     else:
         objective = Compression(model, processor, source, tokens=options.tokens, loss=options.loss)
-        name = f"voco {options.loss} {options.tokens}"
+        name = f"voco {options.loss}"
     settings = Settings(
         steps=options.steps,
         batch=8,
         learning_rate=options.rate,
-        warmup=options.steps // 10,
+        warmup=options.steps // 20,
         seed=options.seed,
-        checkpoint_every=50,
+        checkpoint_every=100,
     )
     folder = options.work / f"world-{name.replace(' ', '-')}-{options.steps}-{options.seed}"
     began = time.process_time()
     figures = train(objective, settings, folder, progress=False, stop_after=options.stop_after)
     row: dict[str, Any] = {"steps": options.steps, "batch": 8, "learning_rate": options.rate, "seed": options.seed}
+    row |= {"counts_drawn": options.tokens, "questions_per_picture": options.turns}
     row |= {"cpu_seconds": round(time.process_time() - began, 1), "last_loss": round(figures["loss"], 4)}
     if figures["step"] < options.steps:
         row["broken_off_after"] = figures["step"]
@@ -303,8 +308,10 @@ def run_world(options: argparse.Namespace) -> dict[str, Any]:
             objective.fast.remove()
     else:
         model, processor = load_pretrained(folder, progress=False)
-    if options.plan:
-        row["accuracy"] = world_accuracy(model, processor, options.plan, records)
+    if options.method:
+        row["accuracy"] = {
+            str(n): world_accuracy(model, processor, f"{options.method}(keep={n})", records) for n in options.tokens
+        }
     else:
         row["accuracy"] = {
             str(n): world_accuracy(model, processor, "voco()", records, num_compressed=n) for n in options.tokens
@@ -343,12 +350,13 @@ def main() -> None:
     bounds = commands.add_parser("bounds")
     world = commands.add_parser("world")
     for one in (bounds, world):
-        one.add_argument("--tokens", type=int, nargs="+", default=[4], help="of several, one is drawn for each step")
+        one.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="one is drawn for each step")
         one.add_argument("--families", nargs="+", default=["color", "shape"])
         one.add_argument("--questions", type=int, default=200)
     world.add_argument("--loss", choices=["ce", "ce+kd"], default="ce+kd")
-    world.add_argument("--plan", help="train under this plan instead, for comparison")
-    world.add_argument("--steps", type=int, default=400)
+    world.add_argument("--method", help="teach this method before the language model instead, such as pool2d")
+    world.add_argument("--turns", type=int, default=8, help="questions about each picture at most, in turn")
+    world.add_argument("--steps", type=int, default=1500)
     world.add_argument("--stop-after", type=int, help="break off after so many steps of this call, and measure")
     world.add_argument("--rate", type=float, default=1e-3)
     world.add_argument("--seed", type=int, default=0)

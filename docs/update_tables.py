@@ -380,6 +380,55 @@ def _bench_operation(cell: dict[str, Any], row: dict[str, Any], base: dict[str, 
     )
 
 
+def trained_text() -> str:
+    """Describe what training brought."""
+    return "\n\n".join((_voco_text(), _gates_text(), _shorter_steps_text()))
+
+
+def _voco_text() -> str:
+    result = latest("voco-*.json")
+    world = result["world"]
+    bounds, taught = world["untrained"], world["trained"]
+    counts = list(next(iter(taught.values()))["accuracy"])
+    rows: list[tuple[str, ...]] = [("tokens per image", *counts)]
+    for name in ("random", "pool2d"):
+        rows.append((f"`{name}`, not taught", *(f"{bounds[f'{name}(keep={n})']:.2f}" for n in counts)))
+    rows += [(name, *(f"{row['accuracy'][n]:.2f}" for n in counts)) for name, row in taught.items()]
+    any_row = next(iter(taught.values()))
+    return (
+        f"**Compression tokens** against as many pooled or random ones: {world['questions']} held-out questions for "
+        f"{' and '.join(world['families'])}; all 256 tokens {bounds['full']:.2f}, the picture of another question "
+        f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
+        f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
+        f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
+        f"untouched model, `ce` does not.\n\n{table(rows)}"
+    )
+
+
+def _gates_text() -> str:
+    result = latest("training-*.json")
+    rows: list[tuple[str, ...]] = [("plan", "accuracy", "visual tokens per layer")]
+    rows += [
+        (f"`{plan}`", f"{row['accuracy']:.3f} +- {row['half_width']:.3f}", f"{row['layer_average']:.0f}")
+        for plan, row in result["gates"].items()
+        if "refused" not in row
+    ]
+    return (
+        "**Learned gates** against methods that need no training, exact match on held-out questions of six kinds; "
+        "`trained=plan` leaves the model as it is, by `python benchmarks/training.py`. Rows with as many tokens per "
+        f"layer are to be compared.\n\n{table(rows)}"
+    )
+
+
+def _shorter_steps_text() -> str:
+    own = latest("training-*.json")["time"]
+    return (
+        f"**Shorter steps.** A training step ({own['setting']}) takes {own['cpu_seconds']['pyramiddrop()']:.2f} s of "
+        f"processor time with `pyramiddrop()` and {own['cpu_seconds']['none']:.2f} s without: "
+        f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn)."
+    )
+
+
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -407,6 +456,7 @@ GENERATED: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"catalogue": catalogue, "speed": speed_text},
     "docs/methods.md": {"methods": method_table},
     "docs/measured.md": {"measured": measured},
+    "docs/training.md": {"trained": trained_text},
 }
 """Page -> name of a generated part -> what writes it."""
 
