@@ -40,8 +40,8 @@ class Plan:
         for method in self.methods:
             if not isinstance(method, Method) or not hasattr(method, "stage"):
                 raise TypeError(
-                    f"a plan holds registered method objects, got {type(method).__name__}; write {EXAMPLE} or build one with "
-                    "mmfast.registry.get(name).method(...)"
+                    f"a plan holds registered method objects, got {type(method).__name__}; write {EXAMPLE} or build "
+                    "one with mmfast.registry.get(name).method(...)"
                 )
         ordered = sorted(self.methods, key=lambda method: STAGES.index(method.stage))
         for first, second in itertools.combinations(ordered, 2):
