@@ -134,9 +134,8 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 def _logits(model: nn.Module, batch: Taught) -> tuple[Tensor, Tensor]:
-    place = next(model.parameters()).device
-    inputs = {name: value.to(place) for name, value in batch.inputs.items()}
-    return model(**inputs, use_cache=False).logits, batch.labels.to(place)
+    inputs, labels = batch.beside(model)
+    return model(**inputs, use_cache=False).logits, labels
 
 
 def _answers(logits: Tensor, labels: Tensor) -> Tensor:

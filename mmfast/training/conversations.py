@@ -105,9 +105,9 @@ class ConversationFile(Source):
     def at(self, number: int) -> Conversation:
         """Return the conversation of a number; after a bad one comes the next good one of the same pass."""
         turn, place = divmod(number, len(self._entries))
-        order = _order(self.seed, turn, len(self._entries))
-        for step in range(len(self._entries)):
-            index = int(order[(place + step) % len(order)])
+        entries = order(self.seed, turn, len(self._entries))
+        for step in range(len(entries)):
+            index = int(entries[(place + step) % len(entries)])
             if index in self._bad:
                 continue
             try:
@@ -197,9 +197,12 @@ class WorldSource(Source):
         )
         record = next(iter(drawn))
         turns = ((record.question, record.answer), *self._more(record, number))
-        if self.num_frames == 1:
-            return Conversation(turns, images=record.frames, where=record.question_id)
-        return Conversation(turns, frames=record.frames, where=record.question_id)
+        return _about(record, turns)
+
+    def held_out(self, count: int) -> list[Conversation]:
+        """Return questions of the held-out split, which shares no scene with what is taught."""
+        drawn = Shapes("heldout", self.seed, self.families, num_questions=count, num_frames=self.num_frames)
+        return [_about(record, ((record.question, record.answer),)) for record in drawn]
 
     def _more(self, record: Record, number: int) -> Iterator[tuple[str, str]]:
         """Ask about the objects of a picture that nobody has asked about yet."""
@@ -215,8 +218,20 @@ class WorldSource(Source):
                     yield question.text, question.answer
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, turn: int, count: int) -> np.ndarray[Any, Any]:
+def _about(record: Record, turns: tuple[tuple[str, str], ...]) -> Conversation:
+    clip = len(record.frames) > 1
+    shown = {"frames" if clip else "images": record.frames}
+    return Conversation(turns, **shown, where=record.question_id)
+
+
+@lru_cache(maxsize=8)
+def order(seed: int, turn: int, count: int) -> np.ndarray[Any, Any]:
+    """Return the order of one pass over so many entries, int64 ``[count]``.
+
+    Example:
+        >>> order(0, 0, 3).tolist() == order(0, 0, 3).tolist()
+        True
+    """
     return np.random.default_rng([seed, turn]).permutation(count)
 
 

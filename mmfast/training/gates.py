@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mmfast
 from mmfast.training.conversations import Source
 from mmfast.training.objective import Loss
-from mmfast.training.supervised import Supervised, Taught, Trained
+from mmfast.training.supervised import Supervised, Taught, Trained, save_part
 
 
 class Gates(Supervised):
@@ -87,8 +86,7 @@ class Gates(Supervised):
     def export(self, folder: Path) -> None:
         """Write the learned parts, and the model if it learned too."""
         for name, part in self.learned.items():
-            state = {key: value.detach().cpu().contiguous() for key, value in part.state_dict().items()}
-            save_file(state, folder / f"{name}.safetensors")
+            save_part(part, folder / f"{name}.safetensors")
         if any(weight.requires_grad for weight in self.model.parameters()):
             super().export(folder)
         else:

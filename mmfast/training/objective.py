@@ -85,7 +85,8 @@ class Objective(nn.Module, ABC):
         """Parameters that Muon may orthogonalise: those of two axes, embeddings and output layers left out."""
         embeddings = {id(part.weight) for part in self.modules() if isinstance(part, nn.Embedding)}
         for part in self.modules():
-            output = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
+            output_of: Any = getattr(part, "get_output_embeddings", None)
+            output = output_of() if output_of is not None else None
             embeddings |= {id(output.weight)} if isinstance(output, nn.Linear) else set()
         return [p for p in self.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in embeddings]
 

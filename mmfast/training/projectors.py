@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mmfast
 from mmfast.training.conversations import Source
 from mmfast.training.objective import IGNORED, Loss
-from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss
+from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, save_part
 
 
 class Projectors(Supervised):
@@ -113,16 +112,13 @@ class Projectors(Supervised):
     def export(self, folder: Path) -> None:
         """Write what was learned of the method, and the model if it learned too."""
         for part in self.learned:
-            state = {name: value.detach().cpu().contiguous() for name, value in part.state_dict().items()}
-            save_file(state, folder / f"{self.methods[0].name}.safetensors")
+            save_part(part, folder / f"{self.methods[0].name}.safetensors")
         if any(weight.requires_grad for weight in self.model.parameters()):
             super().export(folder)
 
     def _answers(self, shown: Taught, method: Any, done: float) -> tuple[Tensor, float]:
         """Return the loss of the answers with a method at work, and the share of their tokens foretold."""
-        place = next(self.model.parameters()).device
-        inputs = {name: value.to(place) for name, value in shown.inputs.items()}
-        labels = shown.labels.to(place)
+        inputs, labels = shown.beside(self.model)
         with mmfast.accelerate(self.model, [method]) as fast, fast.training(labels != IGNORED, done=done):
             logits = self.model(**inputs, use_cache=False).logits
         return answer_loss(logits, labels)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,6 +34,11 @@ class Taught:
     inputs: dict[str, Tensor]
     labels: Tensor
     where: tuple[str, ...]
+
+    def beside(self, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        """Return inputs and labels where the model is."""
+        place = next(model.parameters()).device
+        return {name: value.to(place) for name, value in self.inputs.items()}, self.labels.to(place)
 
 
 class Supervised(Objective):
@@ -72,9 +78,7 @@ class Supervised(Objective):
 
     def forward(self, batch: Taught, done: float) -> Loss:
         """Compute the loss of the answers."""
-        place = next(self.model.parameters()).device
-        inputs = {name: value.to(place) for name, value in batch.inputs.items()}
-        labels = batch.labels.to(place)
+        inputs, labels = batch.beside(self.model)
         with self._lesson(labels != IGNORED, done) as lesson:
             logits = self.model(**inputs, use_cache=False).logits
         loss, right = answer_loss(logits, labels)
@@ -122,6 +126,11 @@ def answer_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     rows, wanted = logits[:, :-1][learned].float(), labels[:, 1:][learned]
     loss = functional.cross_entropy(rows, wanted)
     return loss, float((rows.argmax(dim=-1) == wanted).float().mean())
+
+
+def save_part(part: nn.Module, path: Path) -> None:
+    """Write the weights of a learned part of a method, in the form its ``weights=`` loads."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in part.state_dict().items()}, path)
 
 
 def encode(processor: Any, conversations: Sequence[Conversation], num_compressed: int | None = None) -> Taught:

@@ -14,9 +14,10 @@ from PIL import Image
 from mmfast.adapters import prepare
 from mmfast.eval.datasets.shapes.render import render
 from mmfast.training.default_model import recipe
-from mmfast.training.default_model.packing import IGNORED, Packer
+from mmfast.training.default_model.packing import Packer
 from mmfast.training.default_model.student import Student
 from mmfast.training.default_model.world import LABELS, PATCHES, Episode, clip, generator, picture
+from mmfast.training.objective import IGNORED
 from mmfast.training.trainer import read_log, train
 
 

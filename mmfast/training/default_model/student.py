@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import mmfast
 from mmfast.eval.datasets.shapes.scene import CHARACTERS, COLORS, GRID, SHAPES
-from mmfast.training.default_model.packing import IGNORED, Packed
+from mmfast.training.default_model.packing import Packed
 from mmfast.training.default_model.world import LABELS, PATCHES
+from mmfast.training.objective import IGNORED
 
 _BACKGROUND = {"color": 0.12, "shape": 0.12, "character": 0.05, "size": 0.05, "centre": 0.25}
 _WEIGHT = {"color": 1.0, "shape": 1.0, "character": 1.5, "size": 0.5, "centre": 1.0}

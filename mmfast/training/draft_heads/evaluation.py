@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import mmfast
-from mmfast.eval.datasets.shapes import Shapes
 from mmfast.training.conversations import Conversation, ConversationFile, Source, WorldSource
 from mmfast.training.draft_heads.answers import inputs_of
 from mmfast.training.draft_heads.options import HeadOptions
@@ -43,18 +42,7 @@ def held_out(source: Source, options: HeadOptions) -> list[Conversation]:
     if not options.held_out:
         return []
     if isinstance(source, WorldSource):
-        world = Shapes(
-            "heldout", source.seed, source.families, num_questions=options.held_out, num_frames=source.num_frames
-        )
-        return [
-            Conversation(
-                ((record.question, record.answer),),
-                images=record.frames if source.num_frames == 1 else (),
-                frames=record.frames if source.num_frames > 1 else (),
-                where=record.question_id,
-            )
-            for record in world
-        ]
+        return source.held_out(options.held_out)
     # Where a conversation cannot be used the next one takes its place: it may be the last that is trained on.
     seen = {source.at(options.prompts - 1).where}
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from mmfast.speculative.heads.base import HeadConfig
 from mmfast.speculative.heads.feature import FeatureHead
-from mmfast.training.conversations import Source
+from mmfast.training.conversations import Source, order
 from mmfast.training.draft_heads.answers import Answer, Answers, noisy, seeded
 from mmfast.training.draft_heads.evaluation import check_enough, evaluate, held_out
 from mmfast.training.draft_heads.options import HeadOptions
@@ -108,12 +107,12 @@ class DraftHead(Objective):
         seed, epochs = self.options.seed, self.options.two_stage_epochs
         if not epochs:
             turn, at = divmod(place, len(self.answers))
-            return int(_order(seed, turn, len(self.answers))[at])
+            return int(order(seed, turn, len(self.answers))[at])
         text, seen = self._divided()
         turn, at = divmod(place, min(len(text), len(seen)))
         share = share_of_pictures(turn + 1, epochs)
         pool = seen if np.random.default_rng([seed, 1, place]).random() < share else text
-        return pool[int(_order(seed, turn, len(pool))[at])]
+        return pool[int(order(seed, turn, len(pool))[at])]
 
     def _divided(self) -> tuple[list[int], list[int]]:
         """Return the answers without pictures, and those with."""
@@ -176,8 +175,3 @@ def new_head(model: Any, options: HeadOptions) -> nn.Module:
             head.fc.bias.zero_()
     placed: nn.Module = head.to(model.device)
     return placed
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, turn: int, count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, turn]).permutation(count)
