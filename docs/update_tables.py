@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from tables import ROOT, latest, table
+from training_tables import card_pictures, card_retention, trained_text
 
 import mmfast
 from mmfast.adapters import families
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 STAGES = {
     "frames": "which frames of a video are encoded at all",
     "before_llm": "which visual tokens enter the language model, or what they merge into",
@@ -80,18 +79,6 @@ def method_table() -> str:
     return table(rows)
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Return rows as a Markdown table; the first is the header."""
-    lines = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def latest(pattern: str) -> dict[str, Any]:
-    """Read the newest committed result file (their names end in a date)."""
-    content: dict[str, Any] = json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
-    return content
-
-
 def accuracy_text() -> str:
     """Describe accuracy against kept tokens."""
     result = latest("accuracy-*.json")
@@ -126,9 +113,8 @@ def accuracy_text() -> str:
         f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
         "![Accuracy against visual tokens per layer, one panel per method](images/accuracy.svg)\n\n"
         f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
-        "nothing of them but that they run. The demo model has four layers, so methods inside it have little room, "
-        "and it was trained with dropped backgrounds and supervised attention: methods that read its attention look "
-        "better here than on public models."
+        "nothing of them but that they run. The demo model was trained with dropped backgrounds and "
+        "supervised attention: methods that read its attention look better here than on public models."
     )
 
 
@@ -380,55 +366,6 @@ def _bench_operation(cell: dict[str, Any], row: dict[str, Any], base: dict[str, 
     )
 
 
-def trained_text() -> str:
-    """Describe what training brought."""
-    return "\n\n".join((_voco_text(), _gates_text(), _shorter_steps_text()))
-
-
-def _voco_text() -> str:
-    result = latest("voco-*.json")
-    world = result["world"]
-    bounds, taught = world["untrained"], world["trained"]
-    counts = list(next(iter(taught.values()))["accuracy"])
-    rows: list[tuple[str, ...]] = [("tokens per image", *counts)]
-    for name in ("random", "pool2d"):
-        rows.append((f"`{name}`, not taught", *(f"{bounds[f'{name}(keep={n})']:.2f}" for n in counts)))
-    rows += [(name, *(f"{row['accuracy'][n]:.2f}" for n in counts)) for name, row in taught.items()]
-    any_row = next(iter(taught.values()))
-    return (
-        f"**Compression tokens** against as many pooled or random ones: {world['questions']} held-out questions for "
-        f"{' and '.join(world['families'])}; all 256 tokens {bounds['full']:.2f}, the picture of another question "
-        f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
-        f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
-        f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
-        f"untouched model, `ce` does not.\n\n{table(rows)}"
-    )
-
-
-def _gates_text() -> str:
-    result = latest("training-*.json")
-    rows: list[tuple[str, ...]] = [("plan", "accuracy", "visual tokens per layer")]
-    rows += [
-        (f"`{plan}`", f"{row['accuracy']:.3f} +- {row['half_width']:.3f}", f"{row['layer_average']:.0f}")
-        for plan, row in result["gates"].items()
-        if "refused" not in row
-    ]
-    return (
-        "**Learned gates** against methods that need no training, exact match on held-out questions of six kinds; "
-        "`trained=plan` leaves the model as it is, by `python benchmarks/training.py`. Rows with as many tokens per "
-        f"layer are to be compared.\n\n{table(rows)}"
-    )
-
-
-def _shorter_steps_text() -> str:
-    own = latest("training-*.json")["time"]
-    return (
-        f"**Shorter steps.** A training step ({own['setting']}) takes {own['cpu_seconds']['pyramiddrop()']:.2f} s of "
-        f"processor time with `pyramiddrop()` and {own['cpu_seconds']['none']:.2f} s without: "
-        f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn)."
-    )
-
-
 def filled(page: str, name: str, content: str) -> str:
     """Return the page with ``content`` between the markers called ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -457,6 +394,7 @@ GENERATED: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {"methods": method_table},
     "docs/measured.md": {"measured": measured},
     "docs/training.md": {"trained": trained_text},
+    "mmfast/data/tinyvlm/MODEL_CARD.md": {"pictures": card_pictures, "retention": card_retention},
 }
 """Page -> name of a generated part -> what writes it."""
 

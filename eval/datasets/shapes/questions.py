@@ -14,10 +14,10 @@ from mmfast.eval.datasets.shapes.scene import CANVAS, COLORS, SHAPES, Item, Scen
 T = TypeVar("T")
 
 CORE_FAMILIES: tuple[str, ...] = ("exist", "color", "shape", "size", "where", "read")
-"""What the embedded model was trained on."""
+"""What the embedded model answers best, and what its accuracy is the mean of."""
 
 EXTRA_FAMILIES: tuple[str, ...] = ("count", "rel", "more", "most", "caption")
-"""What it was not: for models that count and compare."""
+"""Counting, comparing and describing."""
 
 FAMILIES = CORE_FAMILIES + EXTRA_FAMILIES
 

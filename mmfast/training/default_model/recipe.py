@@ -1,26 +1,30 @@
 """Train the embedded model from nothing: ``python -m mmfast.training.default_model.recipe --out FOLDER``.
 
-Four stages, each resumable: patches that know what they show, a language model on symbols, a projector between them,
-and everything together on pixels. The first two do not depend on each other and may run side by side
-(``--only vision``, ``--only language``).
+Five stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
+between them, everything together on pixels, and the same with hardly a patch left out. The first two do not depend on
+each other and may run side by side (``--only vision``, ``--only language``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from mmfast.eval.datasets.shapes import WORLD_VERSION
 from mmfast.training.default_model.stages import STUDENT, AlignStage, JointStage, LanguageStage, VisionStage
 from mmfast.training.default_model.student import Student
 from mmfast.training.settings import Settings
-from mmfast.training.trainer import train
+from mmfast.training.trainer import read_log, train
 
 LAYERS = 8
 
@@ -61,6 +65,7 @@ PARTS: tuple[Part, ...] = (
     Part("language", LanguageStage, _muon(3000, 8, 3e-3, 1.5e-3), ()),
     Part("align", AlignStage, Settings(steps=300, batch=8, learning_rate=2e-3), ("vision", "language")),
     Part("joint", JointStage, _muon(4000, 8, 1.2e-3, 6e-4), ("align",)),
+    Part("whole", partial(JointStage, clips=0.25, whole=(0.7, 1.0), number=5), _muon(1800, 8, 1e-3, 5e-4), ("joint",)),
 )
 
 
@@ -84,8 +89,23 @@ def export(out: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     student.model.half().save_pretrained(folder)
     student.processor.save_pretrained(folder)
-    recipe = {part.name: asdict(part.settings) for part in PARTS}
-    (folder / "TRAINING.json").write_text(json.dumps({"layers": LAYERS, "stages": recipe}, indent=1) + "\n")
+    stages = {part.name: {**asdict(part.settings), "course": _course(out / part.name)} for part in PARTS}
+    made = {
+        "layers": LAYERS,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "world": WORLD_VERSION,
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
+        "stages": stages,
+    }
+    (folder / "TRAINING.json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def _course(home: Path) -> list[list[float]]:
+    """Return step and mean loss of each tenth of a stage's log."""
+    log = read_log(home)
+    size = max(1, math.ceil(len(log) / 10))
+    parts = [log[start : start + size] for start in range(0, len(log), size)]
+    return [[part[-1]["step"], round(sum(line["loss"] for line in part) / len(part), 4)] for part in parts]
 
 
 def _take(student: Student, path: Path, *, only: str | None) -> None:

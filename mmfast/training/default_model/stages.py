@@ -169,19 +169,28 @@ class JointStage(_Stage):
 
     Args:
         clips: share of the steps that show clips.
+        whole: share of the steps that show all patches, at the beginning and at the end.
+        number: which stage this is; it decides what is drawn.
     """
 
-    number = _JOINT
-
-    def __init__(self, student: Student, seed: int, steps: int, clips: float = 0.4) -> None:
+    def __init__(
+        self,
+        student: Student,
+        seed: int,
+        steps: int,
+        clips: float = 0.4,
+        whole: tuple[float, float] = (0.25, 0.7),
+        number: int = _JOINT,
+    ) -> None:
         super().__init__(student, seed, steps)
-        self.packer, self.clips = Packer(student.processor), clips
+        self.packer, self.clips, self.whole, self.number = Packer(student.processor), clips, whole, number
         student.model.set_attn_implementation("sdpa")
 
     def batch(self, step: int, part: int, parts: int, size: int) -> tuple[list[Episode], Packed]:
         """Draw pictures or clips, more and more of them with all their patches."""
         rng, done = self.rng(step, part), step / self.steps
-        whole = bool(rng.random() < 0.25 + 0.45 * done)
+        first, last = self.whole
+        whole = bool(rng.random() < first + (last - first) * done)
         if rng.random() < self.clips:
             frames = int(rng.integers(2, 7))
             episodes = [_asked(lambda: clip(rng, frames)) for _ in range(max(1, size // frames))]

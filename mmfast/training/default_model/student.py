@@ -18,8 +18,9 @@ from mmfast.training.default_model.packing import Packed
 from mmfast.training.default_model.world import LABELS, PATCHES
 from mmfast.training.objective import IGNORED
 
-_BACKGROUND = {"color": 0.12, "shape": 0.12, "character": 0.05, "size": 0.05, "centre": 0.25}
-_WEIGHT = {"color": 1.0, "shape": 1.0, "character": 1.5, "size": 0.5, "centre": 1.0}
+_BACKGROUND = {"color": 0.12, "shape": 0.12, "character": 0.05, "size": 0.05, "centre": 0.25, "row": 0.0, "column": 0.0}
+# Without rows and columns a tower that only names things forgets where they are, and no later stage brings that back.
+_WEIGHT = {"color": 1.0, "shape": 1.0, "character": 1.5, "size": 0.5, "centre": 1.0, "row": 1.0, "column": 1.0}
 _ROWS, _COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 
 

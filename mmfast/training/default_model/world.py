@@ -33,8 +33,10 @@ LABELS: dict[str, int] = {
     "character": len(CHARACTERS) + 1,
     "size": 3,
     "centre": 2,
+    "row": GRID + 1,
+    "column": GRID + 1,
 }
-"""What is known of a patch, and how many values it takes; 0 is "nothing here"."""
+"""What is known of a patch, and how many values it takes; 0 is "nothing here", which no row or column is."""
 
 _TRAIN = 0
 _MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
@@ -133,6 +135,7 @@ def _pixels(images: Sequence[object]) -> Tensor:
 
 def _labels(scenes: Sequence[Scene], owners: NDArray[np.int16]) -> dict[str, Tensor]:
     found = {name: np.zeros((len(scenes), PATCHES), np.int64) for name in LABELS}
+    found["row"][:], found["column"][:] = 1 + np.arange(PATCHES) // GRID, 1 + np.arange(PATCHES) % GRID
     for frame, scene in enumerate(scenes):
         for item in scene.items:
             mine = np.flatnonzero(owners[frame] == item.ident)
