@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, json_rows
-from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, by_kind, detail, lettered
+from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, detail, lettered
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _ABSENT = "N/A"
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from mmfast.eval.datasets.egoschema import unlettered
 from mmfast.eval.datasets.files import Row
-from mmfast.eval.datasets.local import ChoiceTask, by_kind, detail, lettered
+from mmfast.eval.datasets.local import ChoiceTask, detail, lettered
 from mmfast.eval.datasets.open_video import in_folders
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _LENGTHS = ("short", "medium", "long")
 _MARKUP = re.compile(r"<[^>]*>")
