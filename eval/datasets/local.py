@@ -145,7 +145,7 @@ class ChoiceTask(LocalTask):
 
     def score(self, sample: Sample, prediction: str) -> Scored:
         """Compare the letter read with the right one; an empty prediction is wrong."""
-        letters, text = letters_of(sample.choices), prediction.strip()
+        letters, text = letters_of(sample.choices, f"sample {sample.sample_id}"), prediction.strip()
         found = PARSERS[self.parser](text, sample.choices) if text else ""
         read = found != "" and found in letters
         if text and not found and self.unparsed == "guess":

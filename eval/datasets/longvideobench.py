@@ -54,7 +54,7 @@ class LongVideoBench(ChoiceTask):
             choices = tuple(option for option in options if option != _ABSENT)
         if not choices:
             raise row.error("there are no options; candidates must hold some")
-        letters = letters_of(choices)
+        letters = letters_of(choices, row.place)
         return Sample(
             sample_id=row.text("id"),
             question=row.text("question") + lettered(choices) + LETTER_ANSWER,

@@ -61,9 +61,9 @@ class VideoMme(ChoiceTask):
                 yield self._sample(row)
 
     def _sample(self, row: Row) -> Sample:
-        video, choices = row.text("videoID"), tuple(unlettered(row.texts("options")))
+        video, choices = row.text("videoID"), tuple(unlettered(row.texts("options"), row.place))
         words = self._words(row, video) if self.subtitles else ""
-        letters = tuple(letters_of(choices))
+        letters = tuple(letters_of(choices, row.place))
         listed = f"{', '.join(letters[:-1])}, or {letters[-1]}"
         head = _HEAD.format(extra=" and the subtitles" if words else "", letters=listed)
         shown = f"This video's subtitles are listed below:\n{words}\n" if words else ""
