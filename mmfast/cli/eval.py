@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmfast.cli import common
 from mmfast.cli.task_options import read_options
+from mmfast.zoo import EMBEDDED
 
 if TYPE_CHECKING:
     from mmfast import Plan
     from mmfast.eval import Progress, Table, Task
 
 OUT = Path("mmfast-eval")
-EMBEDDED = "tinyvlm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

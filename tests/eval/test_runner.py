@@ -190,3 +190,12 @@ def test_other_weights_have_another_fingerprint(tiny: Any) -> None:
 def test_numbers_out_of_range_are_refused(tiny: Any, field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
         list(evaluate_shard(*tiny, IMAGES, **{field: 0}))
+
+
+def test_a_model_is_called_as_it_was_asked_for_or_by_its_folder(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny
+    assert Runner(model, processor).name == "embedded"
+    assert Runner(model, processor, name="mine").name == "mine"
+    for source, name in (("org/some-model", "some-model"), ("", type(model).__name__)):
+        monkeypatch.setattr(model.config, "_name_or_path", source)
+        assert Runner(model, processor).name == name
