@@ -135,11 +135,6 @@ class Comparison:
         """Baseline over accelerated time per token after the first; above 1 is faster."""
         return self.baseline.per_token / self.accelerated.per_token if self.accelerated.per_token else 1.0
 
-    @property
-    def slower(self) -> bool:
-        """Whether the whole call took longer than the untouched model's."""
-        return self.total_ratio < 1.0
-
     def verdict(self, *, with_setting: bool = True) -> str:
         """Say plainly whether the plan paid.
 
@@ -147,7 +142,7 @@ class Comparison:
             with_setting: name the setting too; leave it out only where it stands beside the sentence.
         """
         ratio, setting = self.total_ratio, f"; {self.setting}" if with_setting else ""
-        if self.slower:
+        if ratio < 1.0:
             return (
                 f"This plan is SLOWER than the untouched model: {1 / ratio:.2f}x the time end to end "
                 f"({self.accelerated.total:.3f} s against {self.baseline.total:.3f} s{setting})."

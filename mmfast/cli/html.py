@@ -60,7 +60,7 @@ def page(
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     }
     verdicts = "".join(
-        f'<p class="verdict{" slow" if pair.slower else ""}">{escape(text)}</p>\n'
+        f'<p class="verdict{" slow" if pair.total_ratio < 1.0 else ""}">{escape(text)}</p>\n'
         for pair, text in zip(result.pairs(), result.verdicts(), strict=True)
     )
     gallery = Gallery(processor)
