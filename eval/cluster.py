@@ -103,6 +103,7 @@ def evaluate_on_ray(
         ImportError: if Ray is not installed.
         ValueError: if a plan does not suit the model, a number is out of range, two tasks have one name, or the
             folder holds results that do not fit.
+        BlockingIOError: if another process is writing the same part of the results to the folder.
         FileNotFoundError: if the files of a task are missing where a worker looks for them.
         ConnectionError: if there is no cluster at the address.
         RuntimeError: if workers were lost again and again over the same questions.

@@ -19,6 +19,7 @@ from mmfast.eval.lmms_arguments import cut, generation_options, read_arguments
 from mmfast.eval.loading import Prompt, batches, prepare_prompts
 from mmfast.eval.task import Sample
 from mmfast.media import kind_of
+from mmfast.zoo import EMBEDDED
 
 try:
     from accelerate import Accelerator
@@ -27,9 +28,6 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"this is a plug-in of lmms-eval ({error}): pip install 'mmfast[lmms]'") from error
-
-EMBEDDED = "embedded"
-"""The name of the model that comes with mmfast."""
 
 _PLACEHOLDERS = ("<image>", "<video>")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmfast.eval.task import Sample, Task
-from mmfast.media import choose_frames, load_image, read_video
+from mmfast.media import load_image, read_video
 
 
 @dataclass(frozen=True)
@@ -178,15 +177,5 @@ def _clip(sample: Sample, frames: int) -> tuple[list[Image.Image], float]:
     """Return the frames a sample shows, and how many of them show one second."""
     if sample.video is None:
         return list(sample.frames), 1.0
-    if sample.start == 0 and sample.end is None:
-        video = read_video(sample.video, num_frames=frames)
-        seconds = video.duration
-    else:
-        whole = read_video(sample.video, indices=[0])
-        first = min(math.floor(sample.start * whole.fps), whole.total_frames - 1)
-        last = whole.total_frames if sample.end is None else min(math.ceil(sample.end * whole.fps), whole.total_frames)
-        span = max(1, last - first)
-        chosen = [first + index for index in choose_frames(span, whole.fps, num_frames=frames)]
-        video = read_video(sample.video, indices=chosen)
-        seconds = span / whole.fps
-    return video.images(), len(video) / seconds if seconds > 0 else 1.0
+    video = read_video(sample.video, num_frames=frames, start=sample.start, end=sample.end)
+    return video.images(), video.rate

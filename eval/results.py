@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from mmfast.eval.records import FORMAT, Header, Record, Run
 
@@ -21,7 +21,11 @@ T = TypeVar("T", "Header", "Record")
 
 
 class ResultsFile:
-    """A file that records are appended to, new or broken off.
+    """A file that records are appended to, new or broken off, by one writer at a time.
+
+    A second writer is refused while the first has the file open, and let in when it closes it or dies, however it does.
+    Systems without ``flock`` (Windows) and file systems without locks do not tell writers apart: there, as everywhere,
+    processes that run at once need different shards or folders.
 
     Args:
         path: the file; its folder is made.
@@ -29,6 +33,7 @@ class ResultsFile:
         retry_failed: take failed samples for unfinished.
 
     Raises:
+        BlockingIOError: if another writer has the file open.
         ValueError: if the file holds results of something else, or a line of it cannot be read.
 
     Example:
@@ -45,7 +50,19 @@ class ResultsFile:
         self.path = path
         self.finished: set[str] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
-        held, whole = _lines(path) if path.exists() else ([], 0)
+        self._file: BinaryIO = path.open("ab")
+        try:
+            self._begin(header, retry_failed)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, header: Header, retry_failed: bool) -> None:
+        """Find out what the file holds, and make it ready for more."""
+        path = self.path
+        # Before it is read: what the other writer has not finished yet would be taken for torn, and cut off.
+        _lock(self._file, path)
+        held, whole = _lines(path)
         if held:
             there, records = _parsed(path, held)
             differing = there.misfits(header)
@@ -55,7 +72,6 @@ class ResultsFile:
                     "Choose another folder for these, or move the file away to start anew"
                 )
             self.finished = {record.question_id for record in records if not (retry_failed and record.error)}
-        self._file = path.open("ab")
         # What a killed process left of a line: a new line must not be glued to it.
         self._file.truncate(whole)
         if not held:
@@ -84,9 +100,27 @@ class ResultsFile:
         self.close()
 
     def __del__(self) -> None:
-        # Missing if the constructor raised.
+        # Missing if the file could not be opened.
         if hasattr(self, "_file"):
             self._file.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Refuse a file that another writer has open; the lock goes with the file, and with its process."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"{path} is being written by another run; wait for it, or choose another folder. "
+            "Processes that share a folder need shards of their own: --shard 0/2 and --shard 1/2, or shard=(0, 2)"
+        ) from None
+    except OSError:
+        # Some file systems, many of them on a network, know no locks.
+        return
 
 
 def file_name(task: str, plan: str, model: str, shard: tuple[int, int] = (0, 1)) -> str:

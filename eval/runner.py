@@ -22,6 +22,7 @@ from mmfast.eval.loading import Prompt, batches, error_text, prepare_prompts, se
 from mmfast.eval.records import Header, Record, plain_text
 from mmfast.eval.task import Sample, Task
 from mmfast.measure import timed_generate
+from mmfast.zoo import EMBEDDED, default_path
 
 WARMUP = 3
 """Runs of each plan before the first that is timed."""
@@ -50,7 +51,7 @@ class Runner:
     Args:
         model: an unmodified vision-language model.
         processor: its processor.
-        name: what the results call it; None takes the last part of where it came from.
+        name: what the results call it; None takes the last part of where it came from, or ``"embedded"``.
         batch: questions answered at once; only batches of one are timed.
         max_new_tokens: tokens an answer may have; None leaves it to the task.
         frames: frames taken from a video file.
@@ -81,8 +82,9 @@ class Runner:
                 raise ValueError(f"{field}={value} must be at least 1")
         self.model = model
         self.processor = processor
+        source = Path(str(getattr(model.config, "_name_or_path", "")))
         # Of a folder only its name: where it lies differs between the machines of one evaluation.
-        self.name = name or Path(str(getattr(model.config, "_name_or_path", ""))).name or type(model).__name__
+        self.name = name or (EMBEDDED if source == default_path() else source.name) or type(model).__name__
         self.batch = batch
         self.max_new_tokens = max_new_tokens
         self.frames = frames

@@ -128,6 +128,7 @@ def evaluate(
     Raises:
         ValueError: if a plan does not suit the model, a number is out of range, two tasks have one name, or the
             folder holds results that do not fit.
+        BlockingIOError: if another process is writing the same part of the results to the folder.
         FileNotFoundError: if the files of a task are missing.
 
     Example:

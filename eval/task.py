@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -126,13 +126,24 @@ class Task(ABC):
         """
         if not outcomes:
             return {}
-        figures = {self.metric: 100 * _mean([outcome.scored.score for outcome in outcomes])}
-        kinds = sorted({outcome.sample.category for outcome in outcomes} - {""})
-        for kind in kinds:
-            found = [outcome.scored.score for outcome in outcomes if outcome.sample.category == kind]
-            figures[f"{self.metric}/{kind}"] = 100 * _mean(found)
-        return figures
+        plain = percent([outcome.scored.score for outcome in outcomes])
+        kinds = by_kind(outcomes, lambda outcome: outcome.sample.category)
+        return {self.metric: plain} | {f"{self.metric}/{kind}": value for kind, value in kinds.items()}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def percent(scores: Sequence[float]) -> float:
+    """Average scores, in percent; 0.0 for none.
+
+    Example:
+        >>> percent([1.0, 0.0])
+        50.0
+    """
+    return 100 * sum(scores) / len(scores) if scores else 0.0
+
+
+def by_kind(outcomes: Sequence[Outcome], kind: Callable[[Outcome], str]) -> dict[str, float]:
+    """Average scores by what ``kind`` says, in percent, in alphabetical order; "" is left out."""
+    found: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        found.setdefault(kind(outcome), []).append(outcome.scored.score)
+    return {name: percent(found[name]) for name in sorted(found) if name}

@@ -65,14 +65,16 @@ class PlanComparison:
     setting: str
     repeats: int
 
+    def pairs(self) -> list[Comparison]:
+        """Hold each plan against the full model."""
+        full = self.runs[0]
+        return [Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement) for run in self.runs[1:]]
+
     def verdicts(self) -> list[str]:
         """Say of each plan, plainly, whether it paid; the setting is told by :attr:`setting`."""
-        full = self.runs[0]
-        pairs = [
-            Comparison(full.timing, run.timing, self.repeats, self.setting, run.agreement) for run in self.runs[1:]
-        ]
         return [
-            f"{run.plan}: {pair.verdict(with_setting=False)}" for run, pair in zip(self.runs[1:], pairs, strict=True)
+            f"{run.plan}: {pair.verdict(with_setting=False)}"
+            for run, pair in zip(self.runs[1:], self.pairs(), strict=True)
         ]
 
 

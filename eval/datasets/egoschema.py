@@ -42,7 +42,7 @@ class EgoSchema(ChoiceTask):
         questions, answers = self.find("questions.json"), self.find("subset_answers.json")
         if questions is None or answers is None:
             for row in self.exported("test", config="Subset"):
-                choices = tuple(unlettered(row.texts("option")))
+                choices = tuple(unlettered(row.texts("option"), row.place))
                 yield self._sample(row, row.text("video_idx"), choices, row)
             return
         known = Row(str(answers), {"answers": read_json(answers)}).get("answers")
@@ -54,7 +54,7 @@ class EgoSchema(ChoiceTask):
                 yield self._sample(row, name, choices, Row(f"{answers}, {name}", {"answer": known[name]}))
 
     def _sample(self, row: Row, name: str, choices: tuple[str, ...], answer: Row) -> Sample:
-        letters = letters_of(choices)
+        letters = letters_of(choices, row.place)
         return Sample(
             sample_id=name,
             question=row.text("question").strip() + lettered(choices) + LETTER_ANSWER,
@@ -65,14 +65,21 @@ class EgoSchema(ChoiceTask):
         )
 
 
-def unlettered(options: Sequence[str]) -> list[str]:
+def unlettered(options: Sequence[str], place: str = "") -> list[str]:
     """Cut the letters off options that come with them.
+
+    Args:
+        options: the options; none give none.
+        place: file and record, for errors.
+
+    Raises:
+        ValueError: if there are more options than letters.
 
     Example:
         >>> unlettered(["A. a cat", "B. a dog"]), unlettered(["Vitamin C. is", "x"])
         (['a cat', 'a dog'], ['Vitamin C. is', 'x'])
     """
-    marks = [f"{letter}." for letter in letters_of(options)] if options else []
+    marks = [f"{letter}." for letter in letters_of(options, place)] if options else []
     if not all(option.startswith(mark) for option, mark in zip(options, marks, strict=True)):
         return list(options)
     return [option.removeprefix(mark).strip() for option, mark in zip(options, marks, strict=True)]

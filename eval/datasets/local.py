@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, rows
 from mmfast.eval.metrics.choice import PARSERS, guess, letters_of
-from mmfast.eval.task import Outcome, Sample, Scored, Task
+from mmfast.eval.task import Outcome, Sample, Scored, Task, percent
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
@@ -145,7 +145,7 @@ class ChoiceTask(LocalTask):
 
     def score(self, sample: Sample, prediction: str) -> Scored:
         """Compare the letter read with the right one; an empty prediction is wrong."""
-        letters, text = letters_of(sample.choices), prediction.strip()
+        letters, text = letters_of(sample.choices, f"sample {sample.sample_id}"), prediction.strip()
         found = PARSERS[self.parser](text, sample.choices) if text else ""
         read = found != "" and found in letters
         if text and not found and self.unparsed == "guess":
@@ -186,24 +186,6 @@ def lettered(choices: Sequence[str]) -> str:
 def count_unparsed(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Count the answers in which no letter was read."""
     return {"n_unparsed": float(sum(bool(outcome.scored.details.get("unparsed")) for outcome in outcomes))}
-
-
-def percent(scores: Sequence[float]) -> float:
-    """Average scores, in percent; 0.0 for none.
-
-    Example:
-        >>> percent([1.0, 0.0])
-        50.0
-    """
-    return 100 * sum(scores) / len(scores) if scores else 0.0
-
-
-def by_kind(outcomes: Sequence[Outcome], kind: Callable[[Outcome], str]) -> dict[str, float]:
-    """Average scores by what ``kind`` says, in percent, in alphabetical order; "" is left out."""
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        found.setdefault(kind(outcome), []).append(outcome.scored.score)
-    return {name: percent(found[name]) for name in sorted(found) if name}
 
 
 def mean_over_kinds(figures: dict[str, float], outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, json_rows
-from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, by_kind, detail, lettered
+from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, detail, lettered
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _ABSENT = "N/A"
 
@@ -54,7 +54,7 @@ class LongVideoBench(ChoiceTask):
             choices = tuple(option for option in options if option != _ABSENT)
         if not choices:
             raise row.error("there are no options; candidates must hold some")
-        letters = letters_of(choices)
+        letters = letters_of(choices, row.place)
         return Sample(
             sample_id=row.text("id"),
             question=row.text("question") + lettered(choices) + LETTER_ANSWER,

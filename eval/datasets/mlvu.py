@@ -59,11 +59,11 @@ class Mlvu(ChoiceTask):
 
     def _sample(self, row: Row, kind: str, number: int) -> Sample:
         video, choices = row.text("video"), tuple(choice.strip() for choice in row.texts("candidates"))
-        answer = choices.index(row.choice("answer", choices))
+        answer = letters_of(choices, row.place)[choices.index(row.choice("answer", choices))]
         return Sample(
             sample_id=f"{kind}/{number}",
             question=option_question(row.text("question"), choices),
-            answers=(letters_of(choices)[answer],),
+            answers=(answer,),
             video=row.file(self.folder(), f"video/{_FILES[kind]}/{video}", f"video/{kind}/{video}"),
             choices=choices,
             category=kind,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, table_rows
-from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, by_kind, count_unparsed, lettered, one_of, percent
+from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, count_unparsed, lettered, one_of
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample, Scored
+from mmfast.eval.task import Media, Outcome, Sample, Scored, by_kind, percent
 
 _ROTATION = 10**6  # added to the index of a question for each step that its options are turned
 _SHORT = 64  # an image that is shorter is the index of the question that has it

@@ -56,13 +56,14 @@ class Mmmu(ChoiceTask):
             raise row.error(f"id is {name!r}; it must be <split>_<Subject>_<number>")
         is_open = row.choice("question_type", ("multiple-choice", "open")) == "open"
         choices = () if is_open else _options(row)
+        answers = _answers(row) if is_open else (row.choice("answer", letters_of(choices, row.place)),)
         question = row.text("question") + (lettered(choices) + LETTER_ANSWER if choices else SHORT_ANSWER)
         # The options may be pictures too.
         shown = dict.fromkeys(_IMAGE.findall(question))
         return Sample(
             sample_id=name,
             question=question,
-            answers=_answers(row) if is_open else (row.choice("answer", letters_of(choices)),),
+            answers=answers,
             images=tuple(row.image(f"image_{number}", self.folder()) for number in shown),
             choices=choices,
             category=subject.group(1),

@@ -91,7 +91,7 @@ class MvBench(ChoiceTask):
     def _sample(self, row: Row, ability: str, number: int) -> Sample:
         name, start, end = row.text("video"), row.seconds("start"), row.seconds("end")
         choices = tuple(choice.strip() for choice in row.texts("candidates"))
-        answer = choices.index(row.choice("answer", choices))
+        answer = letters_of(choices, row.place)[choices.index(row.choice("answer", choices))]
         places = [f"video/{place}/{name}" for place in _PLACES[ability]]
         pictures = self._pictures(row, places, start, end)
         video = None if pictures else row.file(self.folder(), *places)
@@ -100,7 +100,7 @@ class MvBench(ChoiceTask):
         return Sample(
             sample_id=f"{ability}/{number}",
             question=option_question(row.text("question"), choices),
-            answers=(letters_of(choices)[answer],),
+            answers=(answer,),
             frames=tuple(load_image(path) for path in pictures),
             video=video,
             start=0.0 if cut or start is None else start,

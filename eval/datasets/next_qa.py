@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, read_json, table_rows
-from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, by_kind, detail, lettered
+from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, detail, lettered
 from mmfast.eval.datasets.open_video import in_folders
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 _TYPES = ("CW", "CH", "TN", "TC", "TP", "DC", "DL", "DO", "DB")

@@ -79,6 +79,8 @@ class Own(ChoiceTask):
         answers = _listed(row, "answer", "")
         if not answers:
             raise row.error("answer is missing or empty; it must be text or a list of texts")
+        if choices:
+            answers = (_letter(row, answers, choices),)
         start, end = row.seconds("start") or 0.0, row.seconds("end")
         if end is not None and end <= start:
             raise row.error(f"end is {end}; it must be later than start, {start}")
@@ -86,7 +88,7 @@ class Own(ChoiceTask):
         return Sample(
             sample_id=name,
             question=row.text("question") + (lettered(choices) + LETTER_ANSWER if choices else SHORT_ANSWER),
-            answers=(_letter(row, answers, choices),) if choices else answers,
+            answers=answers,
             images=() if is_video else paths,
             video=paths[0] if is_video else None,
             start=start,
@@ -120,7 +122,7 @@ def _kind(row: Row, path: Path) -> str:
 
 
 def _letter(row: Row, answers: tuple[str, ...], choices: tuple[str, ...]) -> str:
-    letters, answer = letters_of(choices), answers[0]
+    letters, answer = letters_of(choices, row.place), answers[0]
     if answer in choices:
         return letters[choices.index(answer)]
     if len(answers) > 1 or answer not in tuple(letters):

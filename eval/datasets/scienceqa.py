@@ -72,7 +72,7 @@ class ScienceQa(ChoiceTask):
         elif image is not None:
             pictures = (row.image("image", self.folder()),)
         context = f"Context: {hint}\n" if hint else ""
-        letters = letters_of(choices) if choices else ""
+        letters = letters_of(choices, row.place)
         return Sample(
             sample_id=name,
             question=context + row.text("question") + lettered(choices) + LETTER_ANSWER,

@@ -10,8 +10,8 @@ from typing import ClassVar
 from PIL import Image
 
 from mmfast.eval.datasets.files import Row, read_json, rows_of
-from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, by_kind, detail, lettered
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.datasets.local import LETTER_ANSWER, ChoiceTask, detail, lettered
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _LETTERS = ("A", "B", "C", "D")
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from mmfast.eval.datasets.egoschema import unlettered
 from mmfast.eval.datasets.files import Row
-from mmfast.eval.datasets.local import ChoiceTask, by_kind, detail, lettered
+from mmfast.eval.datasets.local import ChoiceTask, detail, lettered
 from mmfast.eval.datasets.open_video import in_folders
 from mmfast.eval.metrics.choice import letters_of
-from mmfast.eval.task import Media, Outcome, Sample
+from mmfast.eval.task import Media, Outcome, Sample, by_kind
 
 _LENGTHS = ("short", "medium", "long")
 _MARKUP = re.compile(r"<[^>]*>")
@@ -61,9 +61,9 @@ class VideoMme(ChoiceTask):
                 yield self._sample(row)
 
     def _sample(self, row: Row) -> Sample:
-        video, choices = row.text("videoID"), tuple(unlettered(row.texts("options")))
+        video, choices = row.text("videoID"), tuple(unlettered(row.texts("options"), row.place))
         words = self._words(row, video) if self.subtitles else ""
-        letters = tuple(letters_of(choices))
+        letters = tuple(letters_of(choices, row.place))
         listed = f"{', '.join(letters[:-1])}, or {letters[-1]}"
         head = _HEAD.format(extra=" and the subtitles" if words else "", letters=listed)
         shown = f"This video's subtitles are listed below:\n{words}\n" if words else ""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mmfast.eval.datasets.files import Row, json_rows
-from mmfast.eval.datasets.local import SHORT_ANSWER, LocalTask, by_kind, detail, one_of
+from mmfast.eval.datasets.local import SHORT_ANSWER, LocalTask, detail, one_of
 from mmfast.eval.metrics.text import normalise_evalai, normalise_vqa, one_line
 from mmfast.eval.metrics.vqa import textvqa_evalai, vqa_lmms_eval, vqa_official
-from mmfast.eval.task import Media, Outcome, Sample, Scored
+from mmfast.eval.task import Media, Outcome, Sample, Scored, by_kind
 
 _RULES: Mapping[str, tuple[Callable[[str, Sequence[str]], float], Callable[[str], str]]] = {
     "textvqa_evalai": (textvqa_evalai, normalise_evalai),

@@ -50,8 +50,12 @@ _MMBENCH_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _QUANTIFIER_WORDS = 3
 
 
-def letters_of(choices: Sequence[str]) -> str:
+def letters_of(choices: Sequence[str], place: str = "") -> str:
     """Name the options.
+
+    Args:
+        choices: the options.
+        place: what they belong to, for the error: file and record, or the question.
 
     Raises:
         ValueError: if there are none or more than 26.
@@ -61,7 +65,8 @@ def letters_of(choices: Sequence[str]) -> str:
         'AB'
     """
     if not 1 <= len(choices) <= len(ascii_uppercase):
-        raise ValueError(f"choices: {len(choices)} given, must be 1 to {len(ascii_uppercase)}")
+        where = f"{place}: " if place else ""
+        raise ValueError(f"{where}choices: {len(choices)} given, must be 1 to {len(ascii_uppercase)}")
     return ascii_uppercase[: len(choices)]
 
 

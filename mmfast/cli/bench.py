@@ -94,16 +94,12 @@ def run(options: argparse.Namespace) -> None:
 @contextmanager
 def _counting() -> Iterator[Callable[[str, int, int], None]]:
     """Show on stderr which cell is measured; one line each where nobody watches, so that a log tells how far it is."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     watched = common.console(sys.stderr)
     if not watched.is_terminal:
         yield lambda key, done, total: watched.print(f"{done + 1}/{total} {key}")
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=watched, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda key, done, total: progress.update(task, description=key, completed=done, total=total)
+    with common.bar("") as move:
+        yield lambda key, done, total: move(description=key, completed=done, total=total)
 
 
 def show(content: Mapping[str, Any], goals: list[dict[str, Any]]) -> None:

@@ -6,9 +6,10 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 DEMO = "the embedded demo model, which knows coloured shapes and short text, nothing else"
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 _PIPE_WIDTH = 160
+# A step may take minutes; rich would judge the speed by the last half minute alone.
+_SPEED_SECONDS = 3600.0
 # Models make larger frames of a video smaller anyway; without it many frames of a large one would not fit.
 _LONGER_SIDE = 1280
 
@@ -209,6 +212,32 @@ def working(what: str) -> Iterator[None]:
         return
     with watched.status(what):
         yield
+
+
+@contextmanager
+def bar(what: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show on stderr how far something is and how long it will take; silent where nobody watches.
+
+    Args:
+        what: what is at work.
+        total: how many steps there are, if that is known yet.
+
+    Yields:
+        What moves the bar; it takes ``advance``, ``completed``, ``total`` and ``description``.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    watched = console(sys.stderr)
+    # Plans are written with brackets, which are no markup. What differs in length stands last: the bar stays in place.
+    told = TextColumn("{task.description}", markup=False)
+    with Progress(
+        *(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), told),
+        console=watched,
+        transient=True,
+        disable=not watched.is_terminal,
+        speed_estimate_period=_SPEED_SECONDS,
+    ) as progress:
+        yield partial(progress.update, progress.add_task(what, total=total))
 
 
 def quiet_libraries() -> None:

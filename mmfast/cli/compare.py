@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +41,14 @@ def run(options: argparse.Namespace) -> None:
         model, processor = common.load_model(options, device)
         inputs = common.build_inputs(processor, model, options.question, media)
     names = {"full", *(plan.to_text() for plan in plans)}
-    with _counting(len(names) * (options.repeats + 1)) as step:
+    with common.bar("runs", len(names) * (options.repeats + 1)) as move:
         result = compare_plans(
             model,
             plans,
             inputs,
             max_new_tokens=options.max_new_tokens,
             repeats=options.repeats,
-            after_run=step,
+            after_run=lambda plan: move(advance=1),
         )
     answers = [common.answer_text(processor, run.new_tokens[0]) for run in result.runs]
     if options.out is not None:
@@ -60,18 +59,6 @@ def run(options: argparse.Namespace) -> None:
         common.write_json(as_json(result, answers, options.question))
     else:
         show(result, answers)
-
-
-@contextmanager
-def _counting(total: int) -> Iterator[Callable[[str], None]]:
-    """Show on stderr how many runs are done; silent where nobody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    watched = common.console(sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
-        task = progress.add_task("runs", total=total)
-        yield lambda name: progress.advance(task)
 
 
 def show(result: PlanComparison, answers: Sequence[str]) -> None:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmfast.cli import common
 from mmfast.cli.task_options import read_options
+from mmfast.zoo import EMBEDDED
 
 if TYPE_CHECKING:
     from mmfast import Plan
     from mmfast.eval import Progress, Table, Task
 
 OUT = Path("mmfast-eval")
-EMBEDDED = "tinyvlm"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -293,18 +293,6 @@ def _finish(table: Table, out: Path, options: argparse.Namespace, tasks: Sequenc
 
 @contextmanager
 def _bar() -> Iterator[Callable[[Progress], None]]:
-    """Show on stderr how far the evaluation is and how long it will take; silent where nobody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as RichProgress
-
-    watched = common.console(sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with RichProgress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
-        shown = progress.add_task("preparing", total=None, left="")
-
-        def show(state: Progress) -> None:
-            left = "" if state.seconds_left is None else f"{state.seconds_left / 60:.0f} min left"
-            what = f"{state.task}, {state.plan}"
-            progress.update(shown, total=state.total, completed=state.done, description=what, left=left)
-
-        yield show
+    """Show on stderr how far the evaluation is."""
+    with common.bar("preparing") as move:
+        yield lambda state: move(total=state.total, completed=state.done, description=f"{state.task}, {state.plan}")

@@ -60,7 +60,8 @@ def page(
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
     }
     verdicts = "".join(
-        f'<p class="verdict{" slow" if "SLOWER" in text else ""}">{escape(text)}</p>\n' for text in result.verdicts()
+        f'<p class="verdict{" slow" if pair.total_ratio < 1.0 else ""}">{escape(text)}</p>\n'
+        for pair, text in zip(result.pairs(), result.verdicts(), strict=True)
     )
     gallery = Gallery(processor)
     sections = "".join(_section(run, answer, media, gallery) for run, answer in zip(result.runs, answers, strict=True))

@@ -202,6 +202,45 @@ def check_numbers(*, num_frames: int | None, fps: float | None, max_frames: int)
         raise MediaError(f"fps={fps} must be a finite number above 0; 2.0 is two frames per second of video")
 
 
+def check_part(start: float, end: float | None) -> None:
+    """Refuse times that are none.
+
+    Raises:
+        TypeError: if they are no numbers.
+        MediaError: if one is negative or not finite.
+
+    Example:
+        >>> check_part(-1.0, None)
+        Traceback (most recent call last):
+        mmfast.media.errors.MediaError: start=-1.0 must be a finite number of seconds, at least 0
+    """
+    for name, value in (("start", start), ("end", end)):
+        if value is None and name == "end":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}={value!r} must be a number of seconds")
+        if not (math.isfinite(value) and value >= 0):
+            raise MediaError(f"{name}={value} must be a finite number of seconds, at least 0")
+
+
+def frames_of_part(total: int, source_fps: float, start: float, end: float | None) -> range:
+    """Return the frames between two times: at least one, and none beyond the last.
+
+    Args:
+        total: number of frames of the video, at least 1.
+        source_fps: frames per second of the video.
+        start: in seconds.
+        end: in seconds; None for the end of the video.
+
+    Example:
+        >>> frames_of_part(100, 25.0, 1.0, 2.0), frames_of_part(100, 25.0, 9.0, None)
+        (range(25, 50), range(99, 100))
+    """
+    first = min(math.floor(start * source_fps), total - 1)
+    last = total if end is None else min(math.ceil(end * source_fps), total)
+    return range(first, max(first + 1, last))
+
+
 def check_indices(indices: Sequence[int], *, max_frames: int) -> list[int]:
     """Check indices given by the caller.
 

@@ -13,7 +13,14 @@ from PIL import Image
 from mmfast.media.errors import MediaError
 from mmfast.media.readers import READERS, Clip, ClipInfo
 from mmfast.media.readers.base import Pixels, shortened
-from mmfast.media.sampling import check_indices, check_numbers, choose_frames, choose_sampler
+from mmfast.media.sampling import (
+    check_indices,
+    check_numbers,
+    check_part,
+    choose_frames,
+    choose_sampler,
+    frames_of_part,
+)
 from mmfast.media.source import (
     MAX_FRAME_PIXELS,
     MAX_MEMORY,
@@ -37,7 +44,7 @@ class Video:
         timestamps: seconds since the first frame of the source, one per frame.
         fps: frames per second of the source.
         total_frames: number of frames that the source has.
-        duration: ``total_frames / fps``, in seconds.
+        duration: seconds of the source, or of the part of it that the frames were chosen from.
         reader: what read it: ``pyav``, ``decord``, ``torchcodec``, ``folder``, ``npy`` or ``array``.
         sampler: the rule that chose the frames, or ``"indices"``.
         warnings: what is not as asked or promised (cut-off file, fewer frames, assumed rate), a line each.
@@ -73,6 +80,8 @@ def read_video(
     fps: float | None = None,
     indices: Sequence[int] | None = None,
     sampler: str | None = None,
+    start: float = 0.0,
+    end: float | None = None,
     size: int | tuple[int, int] | None = None,
     reader: str = "pyav",
     source_fps: float | None = None,
@@ -85,7 +94,8 @@ def read_video(
     """Read frames of a video.
 
     Give at most one of ``num_frames``, ``fps`` and ``indices``; none means 32 frames. Fewer frames come back
-    where the video has fewer; none is repeated. An index beyond the end gives the last frame, with a warning.
+    where the video has fewer; none is repeated. An index or a start beyond the end gives the last frame, with a
+    warning.
 
     Args:
         source: a video file (MP4/MOV, MKV/WEBM, AVI, MPEG-TS/PS, FLV, ASF, OGG), a folder of images, a
@@ -96,6 +106,8 @@ def read_video(
         indices: frame numbers from 0, in any order; returned in that order.
         sampler: rule that chooses the frames, see :mod:`mmfast.media.sampling`; None: ``linspace`` for
             ``num_frames``, ``fps`` for ``fps``.
+        start: where in the video frames are chosen, in seconds.
+        end: where that part ends; None for the end of the video. However short it is, one frame is in it.
         size: None: as in the file; int: the longer side is brought down to it; (height, width): exactly that.
         reader: ``"pyav"`` (exact for every format); ``"torchcodec"`` (falls back to PyAV, with a warning);
             ``"decord"`` (in another process; returns wrong frames for some files, see its module).
@@ -117,14 +129,15 @@ def read_video(
         ((2, 36, 64, 3), (0.0, 0.2), 132)
     """
     check_numbers(num_frames=num_frames, fps=fps, max_frames=max_frames)
+    check_part(start, end)
     check_size(size)
     if reader not in READERS:
         near = get_close_matches(str(reader), READERS)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise MediaError(f"reader={reader!r} is unknown; {hint}There are: {', '.join(READERS)}")
     if indices is not None:
-        if num_frames is not None or fps is not None or sampler is not None:
-            raise MediaError("indices exclude num_frames, fps and sampler; give indices alone or none")
+        if (num_frames, fps, sampler, start, end) != (None, None, None, 0.0, None):
+            raise MediaError("indices exclude num_frames, fps, sampler, start and end; give indices alone or none")
         wanted = check_indices(indices, max_frames=max_frames)
         rule = "indices"
     else:
@@ -133,9 +146,9 @@ def read_video(
     def plan(info: ClipInfo) -> list[int]:
         if indices is not None:
             return [min(index, info.total_frames - 1) for index in wanted]
-        return choose_frames(
-            info.total_frames, info.fps, num_frames=num_frames, fps=fps, sampler=rule, max_frames=max_frames
-        )
+        part = frames_of_part(info.total_frames, info.fps, start, end)
+        chosen = choose_frames(len(part), info.fps, num_frames=num_frames, fps=fps, sampler=rule, max_frames=max_frames)
+        return [part[index] for index in chosen]
 
     def read(reader: str) -> Video:
         clip, by = open_source(
@@ -148,7 +161,8 @@ def read_video(
             timeout=timeout,
         )
         video = _collect(clip, plan, size, max_memory)
-        return replace(video, reader=by, sampler=rule)
+        part = frames_of_part(video.total_frames, video.fps, start, end)
+        return replace(video, duration=len(part) / video.fps, reader=by, sampler=rule)
 
     extra: tuple[str, ...] = ()
     if reader == "torchcodec":
@@ -164,7 +178,9 @@ def read_video(
     if indices is not None and (beyond := [index for index in wanted if index >= video.total_frames]):
         extra += (f"the last frame is {video.total_frames - 1}; it stands for {shortened(beyond)}",)
     if num_frames is not None and len(video) < num_frames:
-        extra += (f"num_frames={num_frames}, but there are only {video.total_frames} frames",)
+        extra += (f"num_frames={num_frames}, but there are only {len(video)} frames",)
+    if start * video.fps >= video.total_frames:
+        extra += (f"start={start}: the video ends at {video.total_frames / video.fps:g} s; its last frame is shown",)
     return replace(video, warnings=video.warnings + extra)
 
 

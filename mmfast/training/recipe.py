@@ -18,8 +18,7 @@ from mmfast.training.objective import Objective
 from mmfast.training.projectors import Projectors
 from mmfast.training.settings import Settings
 from mmfast.training.supervised import Supervised
-
-EMBEDDED = "embedded"
+from mmfast.zoo import EMBEDDED
 
 _SECTIONS = ("model", "data", "objective", "settings")
 

@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["default_path", "load_default"]
+__all__ = ["EMBEDDED", "default_path", "load_default"]
+
+EMBEDDED = "embedded"
+"""What recipes, options and results call this model."""
 
 
 def default_path() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mmfast
-from mmfast.cli import main
+from mmfast.cli import common, main
 from mmfast.media import sample
 
 SCENE = str(sample("scenes/scene_0.png"))
@@ -271,7 +272,7 @@ def test_an_unknown_model_id_is_named() -> None:
 def test_version_waits_for_no_library() -> None:
     code = """
 import sys
-from mmfast.cli import main
+from mmfast.cli import common, main
 main(["--version"])
 print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 """
@@ -283,3 +284,27 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"set -o pipefail; '{sys.executable}' -c 'import mmfast.cli, sys; sys.exit(mmfast.cli.main())'"
     done = subprocess.run(["bash", "-c", f"{command} methods --json | true"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+class Screen(io.StringIO):
+    """A stream that somebody may watch."""
+
+    def __init__(self, watched: bool) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def isatty(self) -> bool:
+        return self.watched
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_bar_is_drawn_where_somebody_watches(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(watched)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with common.bar("preparing") as move:
+        move(description="task, plan(layers=[red])", completed=1, total=4)
+        move(advance=2)
+    assert ("3/4" in screen.getvalue(), "task, plan(layers=[red])" in screen.getvalue()) == (watched, watched)
+    assert watched or screen.getvalue() == ""

@@ -60,7 +60,7 @@ def test_a_lost_worker_and_an_interruption_change_nothing(
 ) -> None:
     import ray
 
-    expected = evaluate(*tiny, [IMAGES], [PLAN], out=tmp_path / "alone", name="tinyvlm")
+    expected = evaluate(*tiny, [IMAGES], [PLAN], out=tmp_path / "alone", name="embedded")
     out, processes = tmp_path / "cluster", tmp_path / "processes"
     processes.mkdir()
 
@@ -75,7 +75,7 @@ def test_a_lost_worker_and_an_interruption_change_nothing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_on_ray(load, [IMAGES], [PLAN], out=out, workers=2, name="tinyvlm", progress=interrupt)
+        evaluate_on_ray(load, [IMAGES], [PLAN], out=out, workers=2, name="embedded", progress=interrupt)
     assert not ray.is_initialized()
     assert sum(written(out).values()) == 5
 
@@ -90,7 +90,7 @@ def test_a_lost_worker_and_an_interruption_change_nothing(
             os.kill(killed[0], signal.SIGKILL)
 
     with caplog.at_level("WARNING", logger="mmfast.eval.cluster"):
-        table = evaluate_on_ray(load, [IMAGES], [PLAN], out=out, workers=2, name="tinyvlm", progress=kill_one)
+        table = evaluate_on_ray(load, [IMAGES], [PLAN], out=out, workers=2, name="embedded", progress=kill_one)
     assert len(killed) == 1
     assert "was lost, another takes its place" in caplog.text
     assert untimed(table) == untimed(expected)

@@ -23,7 +23,7 @@ def test_the_table_is_shown_and_shown_again(capsys: pytest.CaptureFixture[str], 
     status, out, err = run(capsys, *TINY, "--plan", "uniform(keep=32)", "--out", str(tmp_path))
     assert status == 0
     lines = out.splitlines()
-    assert lines[0].startswith("shapes-image on tinyvlm: accuracy")
+    assert lines[0].startswith("shapes-image on embedded: accuracy")
     assert [line.split()[:2] for line in lines[2:4]] == [["full", "2"], ["uniform(keep=32)", "2"]]
     assert "GFLOP: two per multiply-accumulate" in out
     assert f"results are in {tmp_path}" in err

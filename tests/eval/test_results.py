@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,50 @@ def test_a_record_is_on_disk_before_the_next(tmp_path: Path) -> None:
     with ResultsFile(tmp_path / "a.jsonl", HEADER) as file:
         file.append(record("q1"))
         assert len(read_results(file.path)[1]) == 1
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from mmfast.eval.records import Header, Record
+from mmfast.eval.results import ResultsFile
+header = Header("toy", 1, {"split": "test"}, "accuracy", 0.0, "full", "tiny", "abc", "float32", 8, 1, 4)
+with ResultsFile(Path(sys.argv[1]), header) as file:
+    file.append(Record("q1", "toy", "red", "red", ("red",), 1.0))
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="this system does not tell writers apart")
+    path = tmp_path / "a.jsonl"
+    words = [sys.executable, "-c", _WRITER, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == "written\n"
+            before = path.read_bytes()
+            with pytest.raises(BlockingIOError, match=r"a\.jsonl is being written by another run.*--shard 0/2"):
+                ResultsFile(path, HEADER)
+            assert path.read_bytes() == before
+            # Another shard is another file, and reading disturbs nobody.
+            written(tmp_path / "b.jsonl", record("q2"))
+            assert [len(run.records) for run in merge([tmp_path])] == [2]
+        finally:
+            other.kill()
+    # It had no time to tidy up.
+    with ResultsFile(path, HEADER) as file:
+        assert file.finished == {"q1"}
+        with pytest.raises(BlockingIOError):
+            ResultsFile(path, HEADER)
+
+
+def test_a_file_that_does_not_fit_is_let_go(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", record("q1"))
+    with pytest.raises(ValueError, match="do not fit"):
+        ResultsFile(path, replace(HEADER, weights="other"))
+    assert ResultsFile(path, HEADER).finished == {"q1"}
 
 
 def test_a_file_cut_anywhere_goes_on(tmp_path: Path) -> None:

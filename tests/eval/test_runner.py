@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mmfast.eval.loading import batches, count_selected, select
 from mmfast.eval.records import Record
 from mmfast.eval.runner import Runner, fingerprint
 from mmfast.media import sample as media_sample
+from mmfast.media import video
 from support.toy_task import Toy
 
 IMAGES = task("shapes-image", num_questions=12)
@@ -122,10 +124,15 @@ def test_clips_show_all_their_frames(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, None), (1.0, 2.5), (2.0, None), (90.0, 91.0)])
-def test_video_files_are_read_where_the_question_looks(tiny: Any, start: float, end: float | None) -> None:
+def test_video_files_are_read_once_where_the_question_looks(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, start: float, end: float | None
+) -> None:
     film = asked("film", video=media_sample("bigbuckbunny.mp4"), start=start, end=end)
+    opened = Mock(wraps=video.open_source)
+    monkeypatch.setattr(video, "open_source", opened)
     (record,) = evaluate_shard(*tiny, Toy((film,)), frames=2)
     assert record.error == ""
+    assert opened.call_count == 1
     # A stretch beyond the end of the file shows its last frame.
     assert record.n_visual_in == (256 if start > 80 else 512)
 
@@ -183,3 +190,12 @@ def test_other_weights_have_another_fingerprint(tiny: Any) -> None:
 def test_numbers_out_of_range_are_refused(tiny: Any, field: str) -> None:
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
         list(evaluate_shard(*tiny, IMAGES, **{field: 0}))
+
+
+def test_a_model_is_called_as_it_was_asked_for_or_by_its_folder(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = tiny
+    assert Runner(model, processor).name == "embedded"
+    assert Runner(model, processor, name="mine").name == "mine"
+    for source, name in (("org/some-model", "some-model"), ("", type(model).__name__)):
+        monkeypatch.setattr(model.config, "_name_or_path", source)
+        assert Runner(model, processor).name == name

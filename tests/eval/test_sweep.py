@@ -71,7 +71,7 @@ def test_names_of_baselines() -> None:
 
 
 def test_killed_and_resumed_gives_the_same_table(tiny: Any, tmp_path: Path) -> None:
-    options = {"limit": 5, "with_baselines": False, "name": "tinyvlm"}
+    options = {"limit": 5, "with_baselines": False, "name": "embedded"}
     plans = ["uniform(keep=32)", "divprune(keep=64)"]
     expected = evaluate(*tiny, [task("shapes-image")], plans, out=tmp_path / "whole", **options)
     out = tmp_path / "killed"

@@ -47,7 +47,7 @@ def test_each_process_of_a_launcher_takes_a_gpu_of_its_own(
 @pytest.mark.slow
 def test_two_processes_one_of_them_killed_are_one_run(tiny: Any, tmp_path: Path) -> None:
     questions = 9
-    expected = evaluate(*tiny, [task("shapes-image")], [PLAN], out=tmp_path / "alone", limit=questions, name="tinyvlm")
+    expected = evaluate(*tiny, [task("shapes-image")], [PLAN], out=tmp_path / "alone", limit=questions, name="embedded")
     out = tmp_path / "shards"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     # The launcher starts both processes again when one is lost.

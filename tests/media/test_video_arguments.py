@@ -120,6 +120,33 @@ def test_indices_beyond_the_end(clips) -> None:
     assert video.warnings == ("the last frame is 47; it stands for 50, 999",)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "indices", "duration"),
+    [
+        (3.0, 5.0, (6, 7, 9), 2.0),
+        (4.4, None, (8, 9, 11), 2.0),
+        (0.0, 1.1, (0, 1, 2), 1.5),
+        (5.0, 99.0, (10, 11), 1.0),
+        (2.0, 2.0, (4,), 0.5),
+        (2.0, 1.0, (4,), 0.5),
+    ],
+)
+def test_a_part_is_chosen_from_as_if_it_were_all(
+    clips, frames: np.ndarray, start: float, end: float | None, indices: tuple[int, ...], duration: float
+) -> None:
+    video = read_video(frames, num_frames=3, start=start, end=end, source_fps=2.0)
+    assert clips.numbers(video.frames) == list(video.indices) == list(indices)
+    assert (video.total_frames, video.duration, video.rate) == (12, duration, len(indices) / duration)
+    few = () if len(indices) == 3 else (f"num_frames=3, but there are only {len(indices)} frames",)
+    assert video.warnings == few
+
+
+def test_a_part_beyond_the_end_is_the_last_frame(frames: np.ndarray) -> None:
+    video = read_video(frames, fps=1.0, start=6.0, end=7.0, source_fps=2.0)
+    assert video.indices == (11,)
+    assert video.warnings == ("start=6.0: the video ends at 6 s; its last frame is shown",)
+
+
 def test_max_frames_limits_a_rate(clips) -> None:
     assert len(read_video(clips.get("mkv"), fps=30.0, max_frames=10)) == 10
 
@@ -150,6 +177,12 @@ def test_result_cannot_be_reassigned(clips) -> None:
         ({"num_frames": 4, "fps": 2.0}, MediaError, "exclude each other"),
         ({"indices": [0], "num_frames": 1}, MediaError, "give indices alone"),
         ({"indices": [0], "sampler": "linspace"}, MediaError, "give indices alone"),
+        ({"indices": [0], "start": 1.0}, MediaError, "give indices alone"),
+        ({"indices": [0], "end": 1.0}, MediaError, "give indices alone"),
+        ({"start": -1.0}, MediaError, "start=-1.0 must be a finite number of seconds"),
+        ({"end": float("nan")}, MediaError, "end=nan must be a finite number of seconds"),
+        ({"start": None}, TypeError, "start=None must be a number"),
+        ({"end": "2"}, TypeError, "end='2' must be a number"),
         ({"indices": []}, MediaError, "holds 0 frames"),
         ({"indices": [-1]}, MediaError, "start at 0"),
         ({"indices": [1.0]}, TypeError, "no frame number"),

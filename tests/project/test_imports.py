@@ -74,6 +74,9 @@ DOORS = {
     ("accelerate", "media"): {"prefetched"},
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
+    # One name for the embedded model, in recipes and in results.
+    ("training", "zoo"): {"EMBEDDED"},
+    ("eval", "zoo"): {"EMBEDDED", "default_path"},
     ("training", "adapters"): {"add_compression_tokens", "load_pretrained", "prepare"},
     ("bench", "adapters"): {"attention_backends", "random_model", "random_model_budgets"},
     # The loop prepares and times as every other measurement does; lmms-eval names models by their id.

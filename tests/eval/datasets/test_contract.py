@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import pytest
 
 from mmfast.eval.datasets import TASKS, task, task_class
 from mmfast.eval.datasets.local import LocalTask
-from mmfast.eval.task import Outcome
+from mmfast.eval.task import Outcome, Sample
 
 LayOut = Callable[..., Path]
 
@@ -294,3 +295,34 @@ def test_parquet_export_holds_the_pictures(tmp_path: Path) -> None:
     samples = list(task("textvqa", tmp_path).samples())
     assert [sample.sample_id for sample in samples] == ["0", "1", "2"]
     assert all(isinstance(sample.images[0], Image.Image) and sample.images[0].size == (8, 6) for sample in samples)
+
+
+# Data set -> file, record and the field with the options, where there can be any number of them.
+LISTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "egoschema": ("Subset/test.jsonl", {"video_idx": "7"}, "option"),
+    "longvideobench": ("lvb_val.json", {}, "candidates"),
+    "mlvu": ("json/4_count.json", {"video": "7.mp4", "answer": "o0"}, "candidates"),
+    "mmmu": ("validation.jsonl", {"id": "v_Art_1", "question_type": "multiple-choice", "answer": "A"}, "options"),
+    "mvbench": ("json/action_count.json", {"video": "7.mp4", "answer": "o0"}, "candidates"),
+    "own": ("data.jsonl", {"question": "?", "answer": "o0"}, "choices"),
+    "scienceqa": ("test.jsonl", {"id": "1", "image": None}, "choices"),
+    "video-mme": ("videomme/test.jsonl", {"duration": "short", "videoID": "7"}, "options"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_too_many_options_are_named_by_record(name: str, tmp_path: Path) -> None:
+    file, record, field = LISTED[name]
+    record = record | {field: [f"o{number}" for number in range(27)]}
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([record] if path.suffix == ".json" else record) + "\n")
+    options = WORLDS[name].options | ({"images_only": False} if name == "scienceqa" else {})
+    place = f"{path}, record 1" if path.suffix == ".json" else f"{path}:1"
+    with pytest.raises(ValueError, match=re.escape(f"{place}: choices: 27 given, must be 1 to 26")):
+        list(task(name, tmp_path, **options).samples())
+
+
+def test_options_that_cannot_be_scored_name_their_question() -> None:
+    with pytest.raises(ValueError, match=r"^sample q7: choices: 0 given"):
+        task("mlvu").score(Sample("q7", "?", ("A",)), "A")
