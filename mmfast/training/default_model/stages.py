@@ -212,12 +212,19 @@ class JointStage(_Stage):
         pixels, labels = _stacked(episodes, student.device)
         features, pooled = student.see(pixels)
         dense, named = student.dense_loss(features, labels)
-        answer, _, figures = student.read(packed.to(student.device), student.projector(features), attended=False)
-        presence = student.presence_loss(pooled, labels)
+        visual = student.projector(features)
+        answer, _, figures = student.read(packed.to(student.device), visual, attended=False)
+        presence, place = student.presence_loss(pooled, labels), student.place_loss(visual, labels)
         kind = "clips" if len(episodes[0].scenes) > 1 else "pictures"
         return Loss(
-            answer + 0.25 * dense + 0.1 * presence,
-            {**figures, f"{kind}_right": figures["tokens_right"], "dense": float(dense.detach()), **named},
+            answer + 0.25 * dense + 0.1 * presence + 0.25 * place,
+            {
+                **figures,
+                f"{kind}_right": figures["tokens_right"],
+                "dense": float(dense.detach()),
+                "place": float(place.detach()),
+                **named,
+            },
         )
 
 

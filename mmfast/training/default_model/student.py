@@ -111,6 +111,25 @@ class Student(nn.Module):
             wanted[frame, (len(COLORS) * len(SHAPES) + character[frame] - 1)[character[frame] > 0]] = 1.0
         return functional.binary_cross_entropy_with_logits(self.present(pooled), wanted)
 
+    def place_loss(self, visual: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Let what stands for the patch of an object say in words where it lies, as the symbols do.
+
+        Args:
+            visual: ``[F, 256, D]``, what the language model is given.
+            labels: name -> int64 ``[F, 256]``.
+        """
+        shown = (labels["shape"] > 0).flatten()
+        if not bool(shown.any()):
+            return visual.sum() * 0.0
+        states = functional.rms_norm(visual.flatten(0, 1)[shown], visual.shape[-1:])
+        losses = []
+        for words in self.symbols.place_words(states.device):
+            # The middle has no word: its score is that of saying nothing.
+            said = torch.where(words >= 0, states @ _worded(words, self.language.embed_tokens.weight).T, 0.0)
+            wanted = self.symbols.thirds(labels["row" if not losses else "column"].flatten()[shown])
+            losses.append(functional.cross_entropy(said, wanted))
+        return torch.stack(losses).mean()
+
     def read(self, packed: Packed, visual: Tensor, *, attended: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Answer the questions of a packed batch.
 
@@ -200,9 +219,16 @@ class Symbols(nn.Module):
             "character": [-1, *ids(*CHARACTERS)],
             "size": [-1, *ids("small", "large")],
         }
-        cells = [place * 3 // GRID for place in range(GRID)]
-        self._above = [ids(*_ROWS)[cell] for cell in cells]
-        self._beside = [ids(*_COLUMNS)[cell] for cell in cells]
+        self._above, self._beside = ids(*_ROWS), ids(*_COLUMNS)
+
+    def place_words(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the words of the three rows and of the three columns of places, int64 ``[3]`` each, -1 for none."""
+        return torch.tensor(self._above, device=device), torch.tensor(self._beside, device=device)
+
+    @staticmethod
+    def thirds(lines: Tensor) -> Tensor:
+        """Return which third of the picture rows or columns lie in; they count from 1."""
+        return (lines - 1) * 3 // GRID
 
     def forward(self, labels: dict[str, Tensor], words: Tensor) -> Tensor:
         """Compose the symbols.
@@ -222,8 +248,8 @@ class Symbols(nn.Module):
         out: Tensor = self.row(row) + self.column(column) + self.flag(flag)
         for name, table in self._tables.items():
             out = out + _worded(torch.tensor(table, device=device)[labels[name]], words)
-        above, beside = (torch.tensor(table, device=device) for table in (self._above, self._beside))
-        where = _worded(above[row], words) + _worded(beside[column], words)
+        above, beside = self.place_words(device)
+        where = _worded(above[self.thirds(row + 1)], words) + _worded(beside[self.thirds(column + 1)], words)
         return out + 0.7 * where * there[..., None]
 
 
