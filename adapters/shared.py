@@ -19,8 +19,8 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.ledger import Ledger
 from mmfast.kernels.rerotate import rerotate
+from mmfast.kernels.shared_prefix import shared_prefix
 from mmfast.kv.cache import LogicalLength
-from mmfast.kv.shared_prefix import shared_prefix_attention
 
 _BOOKS = ("slots", "heads", "bias", "positions")
 
@@ -81,7 +81,7 @@ class _Continued:
             edge = call.places[:, -query.shape[2] :, None] - prefix.window
             visible = prefix.slots.to(query.device) > edge
             own = own & (call.places[:, None, :] > edge)
-        output = shared_prefix_attention(
+        output, _ = shared_prefix(
             query,
             (prefix.keys, prefix.values),
             (key, value),
