@@ -138,7 +138,7 @@ class Capture:
 
 
 def tap_name(implementation: str) -> str:
-    """Name the tapped twin of an attention implementation.
+    """Name the tapped form of an attention implementation.
 
     The original name stays inside, because transformers looks for "flash" and "sdpa" in it.
     """
@@ -146,7 +146,7 @@ def tap_name(implementation: str) -> str:
 
 
 def register_tap(implementation: str, ledger: Ledger) -> None:
-    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again.
+    """Register the tapped form of ``implementation``; the last user's ledger takes it out again.
 
     Raises:
         ValueError: if no mask function stands beside the attention function; nothing is registered then.

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
-from mmfast.adapters.call import Block, Inner, Level, Listener, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.call import Block, Inner, Level, Onlooker, Outer, Prompt, compact_positions, stretched
 from mmfast.adapters.clip import ClipTower, check_clip, clip_reader
 from mmfast.adapters.companion import companion_of
 from mmfast.adapters.compiled import CompiledLoop, refuse_uncompilable
@@ -97,7 +97,7 @@ class Binding:
         self.outer: Outer | None = None
         self.inner: Inner | None = None
         self.block: Block | None = None
-        self.listener: Listener | None = None
+        self.onlooker: Onlooker | None = None
         self._prompt: Prompt | None = None
         self._drafted = 0
         self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
@@ -274,8 +274,8 @@ class Binding:
         self.inner = inner
         self.layers.arm(inner, new)
         self.kv.arm(inner)
-        if self.listener is not None:
-            self.listener.entered(inner, new)
+        if self.onlooker is not None:
+            self.onlooker.entered(inner, new)
         if inner.undo:
             self._refuse_checkpointing()
         return args, new
@@ -479,8 +479,8 @@ class Binding:
         self.kv.finish(inner)
         settle(inner.cache)
         self.recorder.note_pruned(inner)
-        if self.listener is not None:
-            self.listener.left(inner, output)
+        if self.onlooker is not None:
+            self.onlooker.left(inner, output)
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:
             return None

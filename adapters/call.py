@@ -244,7 +244,7 @@ class Inner:
         return self.tables[key]
 
 
-class Listener(Protocol):
+class Onlooker(Protocol):
     """Who wants to know what enters the decoder, and what leaves it."""
 
     def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:

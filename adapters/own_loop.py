@@ -80,11 +80,11 @@ class Written(NamedTuple):
     logits: tuple[Tensor, ...] | None
 
 
-class Answer(Protocol):
-    """The tokens of a call, as they are chosen."""
+class Writing(Protocol):
+    """The answers of a call, while their tokens are chosen."""
 
     def written(self) -> Written:
-        """Return all of them, when the last has been chosen."""
+        """Return the tokens, when the last has been chosen."""
 
 
 class OwnLoop(ABC):
@@ -121,7 +121,7 @@ class OwnLoop(ABC):
         """
 
     @abstractmethod
-    def answer(self, call: Generation) -> Answer:
+    def answer(self, call: Generation) -> Writing:
         """Read the prompt and choose all tokens; the layers of the cache are logical."""
 
     def decode(

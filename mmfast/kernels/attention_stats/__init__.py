@@ -17,14 +17,14 @@ from mmfast.kernels.attention_stats import reference
 from mmfast.kernels.attention_stats.problem import Options, Problem, problem_of
 from mmfast.kernels.dispatch import chosen, refusal_of
 
-__all__ = ["Attended", "Options", "attend", "column_sums", "few_rows", "row_lse", "visual_mass"]
+__all__ = ["AttendedRows", "Options", "attend", "column_sums", "few_rows", "row_lse", "visual_mass"]
 
 NAME = "attention_stats"
 _WIDEST = 256
 """Largest head size the kernels are written for."""
 
 
-class Attended(NamedTuple):
+class AttendedRows(NamedTuple):
     """What one pass over the rows finds.
 
     Attributes:
@@ -40,7 +40,7 @@ class Attended(NamedTuple):
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visual: Tensor | None = None, **options: Unpack[Options]
-) -> Attended:
+) -> AttendedRows:
     """Attend, and say what the slices need: they cost no second pass over the logits then.
 
     Args:
@@ -70,7 +70,7 @@ def attend(
     if value.dtype != key.dtype:
         raise TypeError(f"value ({value.dtype}) and key ({key.dtype}) must have one dtype; convert one of them")
     lse, mass, output = _attended(problem, value, None if visual is None else _visual(problem, visual))
-    return Attended(cast("Tensor", output), lse, mass)
+    return AttendedRows(cast("Tensor", output), lse, mass)
 
 
 def row_lse(query: Tensor, key: Tensor, **options: Unpack[Options]) -> Tensor:
