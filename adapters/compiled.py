@@ -16,10 +16,10 @@ from mmfast.adapters.compiled_step import Stepper, steadily
 from mmfast.adapters.own_loop import Generation, OwnLoop, Written
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.twin import hindrance
+from mmfast.decoding import Compilation
 from mmfast.kv.base import Evictor, Forgetter, Packer, Retriever
 from mmfast.kv.static import rounded
 from mmfast.plan import Plan
-from mmfast.report import Compilation
 from mmfast.token_pruning.layers import LayerBypass
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from mmfast.adapters.own_loop import Generation, OwnLoop
 from mmfast.adapters.rounds import ModelRounds
 from mmfast.adapters.sampler import AnswerSampler
 from mmfast.adapters.self_draft import VisualScores
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Drafter, Request, Session
 from mmfast.speculative.decode import Rounds

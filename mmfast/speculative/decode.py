@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Draft, Request, Session, Verified
 from mmfast.speculative.verify import reject, walk
