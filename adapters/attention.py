@@ -138,7 +138,7 @@ class Capture:
 
 
 def tap_name(implementation: str) -> str:
-    """Name the tapped twin of an attention implementation.
+    """Name the tapped form of an attention implementation.
 
     The original name stays inside, because transformers looks for "flash" and "sdpa" in it.
     """
@@ -146,21 +146,35 @@ def tap_name(implementation: str) -> str:
 
 
 def register_tap(implementation: str, ledger: Ledger) -> None:
-    """Register the tapped twin of ``implementation``; the last user's ledger takes it out again.
+    """Register the tapped form of ``implementation``; the last user's ledger takes it out again.
 
     Raises:
         ValueError: if no mask function stands beside the attention function; nothing is registered then.
     """
-    name = tap_name(implementation)
+    # Without a mask function of the same name transformers silently passes no mask at all.
+    mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+    if mask is None:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no mask function; register one under that name with "
+            "transformers.AttentionMaskInterface.register, or load the model with attn_implementation='sdpa'"
+        )
+    _register(tap_name(implementation), _make_tap(implementation), mask, ledger)
+
+
+def register_answered(ledger: Ledger) -> str:
+    """Register a tap for modules whose every call a listener answers: no mask is made for them.
+
+    Returns:
+        Its name.
+    """
+    name = tap_name("answered")
+    _register(name, _make_tap("answered"), _no_mask, ledger)
+    return name
+
+
+def _register(name: str, attend: Callable[..., Any], mask: Callable[..., Any], ledger: Ledger) -> None:
     if _users.get(name, 0) == 0:
-        # Without a mask function of the same name transformers silently passes no mask at all.
-        mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
-        if mask is None:
-            raise ValueError(
-                f"attention implementation {implementation!r} has no mask function; register one under that name with "
-                "transformers.AttentionMaskInterface.register, or load the model with attn_implementation='sdpa'"
-            )
-        ALL_ATTENTION_FUNCTIONS.register(name, _make_tap(implementation))
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     _users[name] = _users.get(name, 0) + 1
 
@@ -172,6 +186,10 @@ def register_tap(implementation: str, ledger: Ledger) -> None:
             ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
     ledger.enter(release)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Make no mask: who answers knows by itself who sees what."""
 
 
 def watch(module: nn.Module, listener: Listener) -> Callable[[], None]:

@@ -1,24 +1,21 @@
-"""A plan at work on one model: boundary hooks, and the report of what they did."""
+"""A plan at work on one model: what it hooks, and how a call enters and leaves the decoder."""
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmfast.adapters.attention import register_tap
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
-from mmfast.adapters.call import Block, Inner, Level, Listener, Outer, Prompt, compact_positions, stretched
+from mmfast.adapters.call import Block, Inner, Level, Onlooker, Outer, compact_positions, stretched
 from mmfast.adapters.clip import ClipTower, check_clip, clip_reader
 from mmfast.adapters.companion import companion_of
 from mmfast.adapters.compiled import CompiledLoop, refuse_uncompilable
@@ -32,12 +29,20 @@ from mmfast.adapters.layers import LayerRunner
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.mask_rules import with_rules
 from mmfast.adapters.masks import decoder_mask, gather_positions, gather_prepared, gather_rows, pack, tree_mask
-from mmfast.adapters.media import feature_source, modalities, placeholder_masks, segments, tagged
+from mmfast.adapters.media import segments
+from mmfast.adapters.outer import OuterBoundary
 from mmfast.adapters.own_loop import OwnLoop
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.reduction import number_candidates, reduce_media
-from mmfast.adapters.refusals import calibrates, can_compact, only, refuse_impossible, wished_positions
-from mmfast.adapters.static import fit_masks, readable_mask, refuse_packing, settle, take_over, watch_generate
+from mmfast.adapters.refusals import (
+    calibrates,
+    can_compact,
+    only,
+    refuse_checkpointing,
+    refuse_impossible,
+    wished_positions,
+)
+from mmfast.adapters.static import fit_masks, refuse_packing, settle, take_over, watch_generate
 from mmfast.adapters.turns import Turns
 from mmfast.kv.base import CacheMethod
 from mmfast.plan import Plan
@@ -49,10 +54,6 @@ from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerMask
 
 # Weak on both sides: a model that is dropped without remove() must not be kept alive from here.
 _ACTIVE: WeakKeyDictionary[nn.Module, ref[Binding]] = WeakKeyDictionary()
-
-
-# Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
-_CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class Binding:
@@ -94,14 +95,11 @@ class Binding:
         self.mask: LayerMask | None = only(plan, "in_llm", LayerMask)
         self.events = {} if self.dropper is None else {e.layer: e for e in self.dropper.events(adapter.shape.layers)}
         self.ledger = Ledger()
-        self.outer: Outer | None = None
         self.inner: Inner | None = None
         self.block: Block | None = None
-        self.listener: Listener | None = None
-        self._prompt: Prompt | None = None
-        self._drafted = 0
-        self._model_arguments = tuple(inspect.signature(adapter.base.forward).parameters)
+        self.onlooker: Onlooker | None = None
         self.recorder = Recorder(adapter, plan)
+        self.outer = OuterBoundary(adapter, self.recorder, self._abandon)
         self.turns = Turns(adapter, self.recorder) if reselect and plan.reads_question else None
         refuse_impossible(adapter, plan)
         if compile:
@@ -109,7 +107,7 @@ class Binding:
         drafter: Drafter | None = only(plan, "decode", Drafter)
         companion = companion_of(adapter, drafter, draft_model)
         self.calibrates = calibrates(adapter, plan)
-        self.frames = FrameRunner(adapter, plan, clip, lambda: self.outer)
+        self.frames = FrameRunner(adapter, plan, clip, lambda: self.outer.call)
         self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
         running = active_on(adapter.model)
         if running is not None:
@@ -172,9 +170,7 @@ class Binding:
             original = getattr(base, name, None)
             if original is not None:
                 self.ledger.set_attribute(base, name, self.features.watched(modality, original))
-        self.ledger.hook(model.register_forward_pre_hook(self._before_call, with_kwargs=True))
-        self.ledger.hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self.ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
+        self.outer.attach(self.ledger)
         self.ledger.hook(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         self.ledger.hook(decoder.register_forward_hook(self._after_decoder, always_call=True))
         if self._reads_attention:
@@ -209,58 +205,10 @@ class Binding:
             if "torch._dynamo" in sys.modules:
                 sys.modules["torch._dynamo"].reset()
 
-    # ------------------------------------------------------------ outer boundary
-
-    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find out where the prompt ends: assisted decoding appends drafted tokens and asks for the logits of each."""
-        asked = kwargs.get("logits_to_keep")
-        cached = kwargs.get("past_key_values") is not None
-        self._drafted = asked - 1 if cached and isinstance(asked, int) and asked > 1 else 0
-
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._abandon()
-        named = {**dict(zip(self._model_arguments, args, strict=False)), **kwargs} if args else kwargs
-        mask = named.get("attention_mask")
-        outer = Outer(attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-        self.outer = outer
-        cache = named.get("past_key_values")
-        brought = modalities(named)
-        if brought:
-            outer.input_ids, outer.features = named.get("input_ids"), feature_source(named)
-            outer.attention_mask = readable_mask(named)
-            ids = {name: token for name, token in self.adapter.placeholders.items() if name in brought}
-            outer.visual = placeholder_masks(named, ids, self.adapter.base.get_input_embeddings())
-            for modality, output in (named.get("mm_encoder_outputs") or {}).items():
-                known = tagged(output)
-                if known is not None:
-                    outer.layouts[modality] = known
-                elif output is not None:
-                    outer.untagged = modality
-            self.recorder.begin_prefill()
-        elif cache is not None and cache.get_seq_length() > 0:
-            self.recorder.begin_step()
-        if self.adapter.masks_before_decoder and is_logical(cache):
-            return args, {**kwargs, "attention_mask": self._aligned(cache, named, outer)}
-        return None
-
-    def _aligned(self, cache: Any, named: dict[str, Any], outer: Outer) -> Tensor:
-        """Right-align the 2-D mask for families that build 4-D masks from it themselves."""
-        tokens = named["input_ids"] if named.get("input_ids") is not None else named["inputs_embeds"]
-        batch, query = tokens.shape[:2]
-        new = None if outer.attention_mask is None else outer.attention_mask[:, -query:].bool()
-        return decoder_mask(reference_layer(cache), batch, query, new, tokens.device).long()
-
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.outer is not None:
-            cache = getattr(output, "past_key_values", None)
-            self.recorder.end_call(prefill=bool(self.outer.visual), cache=cache)
-        self.outer = None
-        self._drafted = 0
-
     # ---------------------------------------------------------- decoder boundary
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embeds, outer = kwargs.get("inputs_embeds"), self.outer
+        embeds, outer = kwargs.get("inputs_embeds"), self.outer.call
         cache = kwargs.get("past_key_values")
         if embeds is None or outer is None:
             return None
@@ -274,17 +222,17 @@ class Binding:
         self.inner = inner
         self.layers.arm(inner, new)
         self.kv.arm(inner)
-        if self.listener is not None:
-            self.listener.entered(inner, new)
+        if self.onlooker is not None:
+            self.onlooker.entered(inner, new)
         if inner.undo:
-            self._refuse_checkpointing()
+            refuse_checkpointing(self.adapter)
         return args, new
 
     def _plan_call(self, outer: Outer, embeds: Tensor, cache: Any) -> Inner | None:
         """Decide what enters the decoder; None when the call may run untouched."""
         batch, length = embeds.shape[:2]
         begin = self.recorder.watch.mark()
-        valid = self._valid(outer, batch, length, embeds.device)
+        valid = outer.valid(batch, length, embeds.device)
         visual = {name: places & valid for name, places in outer.visual.items()}
         inner = Inner(length, {}, cache=cache, seen=int(cache.get_seq_length()) if cache is not None else 0)
         keep, embeddings = valid, embeds
@@ -330,21 +278,6 @@ class Binding:
     def _sees_media(inner: Inner) -> bool:
         return any(sum(totals) for totals in inner.media_totals)
 
-    def _refuse_checkpointing(self) -> None:
-        decoder = self.adapter.decoder
-        if decoder.training and getattr(decoder, "gradient_checkpointing", False) and _CHECKPOINTS_RUN_HOOKS:
-            raise ValueError(
-                "this plan on this model with gradient checkpointing needs a newer transformers (it hooks layers, "
-                "and this one runs their hooks again in the backward pass; 5.23 does not); turn checkpointing off, or "
-                "drop before the LLM in a model without deepstack features"
-            )
-
-    @staticmethod
-    def _valid(outer: Outer, batch: int, length: int, device: torch.device) -> Tensor:
-        if outer.attention_mask is None:
-            return torch.ones(batch, length, dtype=torch.bool, device=device)
-        return outer.attention_mask[:, -length:].to(device).bool()
-
     def _enter(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
         """Hand the decoder the shortened call."""
         level = inner.levels[0]
@@ -358,10 +291,7 @@ class Binding:
             )
         fit_masks(kwargs, inner.cache, inner.length, keep=self.adapter.masks_before_decoder)
         self._take_cache(inner, kwargs, outer)
-        if inner.cache is None and inner.events:
-            inner.prompt_end = self._prompt_end(outer)
-        elif self._drafted:
-            inner.prompt_end = inner.length - 1 - self._drafted
+        inner.prompt_end = self.outer.prompt_end(inner)
         reference = reference_layer(inner.cache) if inner.cache is not None else None
         inner.base_shift = reference.shift if reference is not None else None
         positions = self._positions(inner, kwargs, embeds)
@@ -399,15 +329,6 @@ class Binding:
             stored = 0 if reference is None else reference.stored
             kwargs["attention_mask"] = tree_mask(kwargs.get("attention_mask"), inner.block.sees, stored, embeds.dtype)
         self.layers.announce(inner)
-
-    def _prompt_end(self, outer: Outer) -> int | None:
-        """Remember the prompt, and find its end when this call only adds a generated token to it."""
-        if self._prompt is not None and self._prompt.continued_by(outer):
-            self._prompt = replace(self._prompt, length=self._prompt.length + 1)
-            return int(self._prompt.input_ids.shape[1]) - 1
-        ids = outer.input_ids
-        self._prompt = None if ids is None else Prompt(ids.clone(), int(ids.shape[1]), ref(outer.features))
-        return None
 
     def _take_cache(self, inner: Inner, kwargs: dict[str, Any], outer: Outer) -> None:
         """Give the cache logical layers, making the cache first where the decoder would have."""
@@ -460,7 +381,7 @@ class Binding:
         compact = wanted == "compact" or (wanted is None and can_compact(self.adapter))
         if not compact or gathered.ndim != 2:
             return gathered
-        valid = self._valid(self.outer or Outer(), embeds.shape[0], embeds.shape[1], embeds.device)
+        valid = (self.outer.call or Outer()).valid(embeds.shape[0], embeds.shape[1], embeds.device)
         first = positions.gather(1, valid.long().argmax(dim=1, keepdim=True))[:, 0]
         renumbered = compact_positions(gathered, level.real, first)
         self.layers.add_shift(inner, gathered[:, -1] - renumbered[:, -1])
@@ -479,8 +400,8 @@ class Binding:
         self.kv.finish(inner)
         settle(inner.cache)
         self.recorder.note_pruned(inner)
-        if self.listener is not None:
-            self.listener.left(inner, output)
+        if self.onlooker is not None:
+            self.onlooker.left(inner, output)
         last = inner.level_at(self.adapter.shape.layers - 1)
         if last.whole:
             return None

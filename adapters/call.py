@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -94,33 +93,11 @@ class Outer:
     features: Any = None
     untagged: str = ""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """The last prompt run without a cache, to recognise it when generated tokens follow it.
-
-    Without a cache every step reads the whole sequence again. What the last *prompt* token looks at
-    must decide in each of them, or every generated token would change what was dropped.
-
-    Attributes:
-        input_ids: ``[B, S]`` of the prompt.
-        length: tokens of the latest call.
-        features: what brought its features; weak, so that they are not kept alive.
-    """
-
-    input_ids: Tensor
-    length: int
-    features: ref[Any]
-
-    def continued_by(self, outer: Outer) -> bool:
-        """Say whether a call is this prompt with one more generated token."""
-        ids, own = outer.input_ids, self.input_ids
-        return (
-            ids is not None
-            and outer.features is self.features()
-            and ids.shape == (own.shape[0], self.length + 1)
-            and bool((ids[:, : own.shape[1]] == own).all())
-        )
+    def valid(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Say which of the last tokens are real, bool ``[B, S]``."""
+        if self.attention_mask is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=device)
+        return self.attention_mask[:, -length:].to(device).bool()
 
 
 @dataclass(frozen=True)
@@ -244,7 +221,7 @@ class Inner:
         return self.tables[key]
 
 
-class Listener(Protocol):
+class Onlooker(Protocol):
     """Who wants to know what enters the decoder, and what leaves it."""
 
     def entered(self, inner: Inner, kwargs: Mapping[str, Any]) -> None:

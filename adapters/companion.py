@@ -168,7 +168,7 @@ class VisionCompanion:
                 return_dict_in_generate=False,
             )
         except BaseException as error:
-            binding.listener = None
+            binding.onlooker = None
             if not isinstance(error, ValueError):
                 raise
             raise ValueError(
@@ -258,7 +258,7 @@ class VisionReading:
 
     def close(self) -> None:
         """Listen to the model no longer."""
-        self.rounds.binding.listener = None
+        self.rounds.binding.onlooker = None
 
 
 class TextCompanion:

@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from mmfast.adapters.base import Adapter
-from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
+from mmfast.adapters.cache import reference_layer, refuse_unsupported
 from mmfast.adapters.compiled_states import States, columns_of
 from mmfast.adapters.compiled_step import Stepper, steadily
-from mmfast.adapters.own_loop import OwnLoop
+from mmfast.adapters.own_loop import Generation, OwnLoop, Written
 from mmfast.adapters.packed import PackedLayer
 from mmfast.adapters.twin import hindrance
+from mmfast.decoding import Compilation
 from mmfast.kv.base import Evictor, Forgetter, Packer, Retriever
 from mmfast.kv.static import rounded
 from mmfast.plan import Plan
-from mmfast.report import Compilation
 from mmfast.token_pruning.layers import LayerBypass
 
 if TYPE_CHECKING:
@@ -72,9 +70,7 @@ class CompiledLoop(OwnLoop):
     """
 
     def __init__(self, binding: Binding) -> None:
-        super().__init__(binding.adapter.model)
-        self.binding = binding
-        self.adapter = binding.adapter
+        super().__init__(binding)
         self.stepper = Stepper(binding.adapter, calibrated=binding.calibrates)
         self._said: set[str] = set()
 
@@ -94,7 +90,7 @@ class CompiledLoop(OwnLoop):
         return not reason
 
     def _reason(self, given: dict[str, Any]) -> str:
-        configs = (given.get("generation_config"), self._model.generation_config)
+        configs = (given.get("generation_config"), self.adapter.model.generation_config)
 
         def asked(name: str) -> Any:
             if name in given:
@@ -124,40 +120,35 @@ class CompiledLoop(OwnLoop):
         implementation = self.adapter.text_config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             return f"{implementation!r} attention takes no mask"
-        return hindrance(self._model, self.binding)
+        return hindrance(self.adapter.model, self.binding)
 
     # --------------------------------------------------------------------- decoding
 
-    def decode(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode one call of ``generate``; what it needs has been prepared by transformers."""
-        mode = generation_config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    def refuse(self, call: Generation) -> None:
+        """Refuse what is neither greedy nor drawn token by token.
+
+        Raises:
+            ValueError: naming it, and what to do.
+        """
+        if call.other_mode:
             raise ValueError(
-                f"compiled steps decode greedily or sample, and do not do {mode.value.replace('_', ' ')}; leave that "
-                "option of generate() out, or remove() the plan"
+                f"compiled steps decode greedily or sample, and do not do {call.other_mode}; leave that option of "
+                "generate() out, or remove() the plan"
             )
-        cache = model_kwargs["past_key_values"]
-        if not is_logical(cache):
-            self.binding.adopt(cache, model_kwargs.get("attention_mask"))
+
+    def answer(self, call: Generation) -> _Answer:
+        """Read the prompt, and choose tokens in compiled steps."""
         record = self.binding.recorder.compilation = Compilation()
         before = self.stepper.seconds
-        answer = _Answer(input_ids, logits_processor, stopping_criteria, generation_config, self._streamer)
-        output = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        answer = _Answer(call.ids, call.processors, call.criteria, call.config, call.streamer)
+        output = call.prefill()
         answer.choose(output.logits[:, -1])
         if not answer.over:
-            model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
+            model, options = call.model, call.model._update_model_kwargs_for_generation(output, call.options)
             del output
             # Positions go on by one with each token: what transformers says of the first tells all.
-            following = model.prepare_inputs_for_generation(answer.ids, next_sequence_length=1, **model_kwargs)
-            decoding = _Decoding(self, cache, answer, following["position_ids"])
+            following = model.prepare_inputs_for_generation(answer.ids, next_sequence_length=1, **options)
+            decoding = _Decoding(self, call.cache, answer, following["position_ids"])
             try:
                 decoding.run()
             finally:
@@ -166,13 +157,7 @@ class CompiledLoop(OwnLoop):
         record.seconds = self.stepper.seconds - before
         record.failure = self.stepper.failure
         self.binding.recorder.note_steps(record.steps)
-        if self._streamer is not None:
-            self._streamer.end()
-        if not generation_config.return_dict_in_generate:
-            return answer.ids
-        return GenerateDecoderOnlyOutput(
-            sequences=answer.ids, scores=answer.scores, logits=answer.logits, past_key_values=cache
-        )
+        return answer
 
 
 class _Answer:
@@ -229,6 +214,10 @@ class _Answer:
     def padding(self) -> int:
         """The token that follows an answer."""
         return 0 if self._padding is None else int(self._padding)
+
+    def written(self) -> Written:
+        """Return all tokens."""
+        return Written(self.ids, self.scores, self.logits)
 
     def choose(self, logits: Tensor) -> None:
         """Choose the next token of each row from ``[B, V]`` logits."""

@@ -123,7 +123,7 @@ class States:
 
     Args:
         columns: as they will be loaded.
-        columns_of: per layer, the number of its columns.
+        columns_of_layers: per layer, the number of its columns.
         layers: layers of a cache like those that will be loaded.
         room: tokens there must be room for beside a prompt.
         positions: ``[B, 1]`` or ``[3 or 4, B, 1]`` int64 position ids of the next token, for their shape.
@@ -143,7 +143,7 @@ class States:
     def __init__(
         self,
         columns: Sequence[Columns],
-        columns_of: tuple[int, ...],
+        columns_of_layers: tuple[int, ...],
         layers: Sequence[Any],
         room: int,
         positions: Tensor,
@@ -152,11 +152,13 @@ class States:
     ) -> None:
         batch, device = layers[0].keys.shape[0], layers[0].keys.device
         self.room = room
-        self.columns_of = columns_of
+        self.columns_of_layers = columns_of_layers
         capacities = [rounded(int(own.mask.shape[-1]) + room) for own in columns]
         self.columns = [own.emptied(capacity) for own, capacity in zip(columns, capacities, strict=True)]
-        self.keys = [_empty(layer.keys, capacities[own]) for layer, own in zip(layers, columns_of, strict=True)]
-        self.values = [_empty(layer.values, capacities[own]) for layer, own in zip(layers, columns_of, strict=True)]
+        self.keys = [_empty(layer.keys, capacities[own]) for layer, own in zip(layers, columns_of_layers, strict=True)]
+        self.values = [
+            _empty(layer.values, capacities[own]) for layer, own in zip(layers, columns_of_layers, strict=True)
+        ]
         self.positions = torch.zeros_like(positions)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.fill = torch.zeros(1, dtype=torch.int64, device=device)
@@ -263,7 +265,7 @@ class StepCache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new entry in place and return the whole buffers."""
-        place = self.places[self.states.columns_of[layer]]
+        place = self.places[self.states.columns_of_layers[layer]]
         return (
             self.states.keys[layer].index_copy_(2, place, keys.to(self.states.keys[layer].dtype)),
             self.states.values[layer].index_copy_(2, place, values.to(self.states.values[layer].dtype)),
@@ -271,7 +273,7 @@ class StepCache:
 
     def fitted(self, layer: Any, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a decoder layer with its own mask and positions."""
-        number = self.states.columns_of[index]
+        number = self.states.columns_of_layers[index]
         kwargs["attention_mask"] = self.masks[number]
         lowered = self.states.columns[number].lowered
         if lowered is not None:

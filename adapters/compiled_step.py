@@ -30,7 +30,7 @@ _WITHOUT = ("uncompiled", "without a graph of the GPU")
 
 Run = Callable[[], None]
 """Runs a step on the states it was made for."""
-Step = Callable[..., None]
+StepFunction = Callable[..., None]
 """A step on any states."""
 
 
@@ -115,7 +115,7 @@ class Stepper:
             self._made.popitem(last=False)
         return found
 
-    def _prepared(self, step: Step, states: States) -> Run:
+    def _prepared(self, step: StepFunction, states: States) -> Run:
         """Return what runs a step on these states from now on: the one place that chooses how.
 
         The step has run before this returns, so that what the states hold then is of no use.
@@ -174,7 +174,7 @@ def steadily() -> Iterator[None]:
         yield
 
 
-def compiled(step: Step) -> Step:
+def compiled(step: StepFunction) -> StepFunction:
     """Compile a step; lengths that depend on the prompt do not make another one."""
     made = torch.compile(step, fullgraph=True)
 
@@ -186,7 +186,7 @@ def compiled(step: Step) -> Step:
     return run
 
 
-def _as_it_is(step: Step) -> Step:
+def _as_it_is(step: StepFunction) -> StepFunction:
     return step
 
 

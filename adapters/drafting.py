@@ -8,19 +8,15 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.configuration_utils import GenerationMode
 
-from mmfast.adapters.cache import is_logical
 from mmfast.adapters.companion import TextCompanion, VisionCompanion
 from mmfast.adapters.ledger import Ledger
-from mmfast.adapters.own_loop import OwnLoop
+from mmfast.adapters.own_loop import Generation, OwnLoop
 from mmfast.adapters.rounds import ModelRounds
 from mmfast.adapters.sampler import AnswerSampler
 from mmfast.adapters.self_draft import VisualScores
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Drafter, Request, Session
 from mmfast.speculative.decode import Rounds
@@ -44,9 +40,8 @@ class DraftingRunner(OwnLoop):
     def __init__(
         self, binding: Binding, drafter: Drafter, companion: VisionCompanion | TextCompanion | None = None
     ) -> None:
-        super().__init__(binding.adapter.model)
-        self.binding, self.drafter, self.companion = binding, drafter, companion
-        self.adapter = binding.adapter
+        super().__init__(binding)
+        self.drafter, self.companion = drafter, companion
         self.memory: dict[str, Any] = {}
         self._adaptive: dict[int, Adaptive] = {}
 
@@ -74,64 +69,44 @@ class DraftingRunner(OwnLoop):
                 )
         return True
 
-    def _refuse(self, config: Any, cache: Any, processors: Any, rows: int) -> None:
+    def refuse(self, call: Generation) -> None:
         """Refuse what cannot be drafted for.
 
         Raises:
             ValueError: naming it, and what to do.
         """
         name = self.drafter.name
-        mode = config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if call.other_mode:
             raise ValueError(
-                f"{name!r} drafts for greedy decoding and sampling, not for {mode.value.replace('_', ' ')}; leave that "
-                "option of generate() out, or remove() the plan"
+                f"{name!r} drafts for greedy decoding and sampling, not for {call.other_mode}; leave that option of "
+                "generate() out, or remove() the plan"
             )
         for option in ("output_attentions", "output_hidden_states", "prefill_chunk_size"):
-            if getattr(config, option, None):
+            if getattr(call.config, option, None):
                 raise ValueError(f"{option} is not possible while {name!r} drafts; leave it out, or remove() the plan")
-        if not isinstance(cache, DynamicCache):
+        if not isinstance(call.cache, DynamicCache):
             raise ValueError(
-                f"{name!r} drafts with a plain dynamic cache, got {type(cache).__name__}; leave use_cache and "
+                f"{name!r} drafts with a plain dynamic cache, got {type(call.cache).__name__}; leave use_cache and "
                 "cache_implementation at their defaults"
             )
-        for processor in processors:
-            kind = type(processor).__name__
-            if kind == "UnbatchedClassifierFreeGuidanceLogitsProcessor" or (rows > 1 and kind.startswith("PrefixCon")):
+        for processor in call.processors:
+            kind, several = type(processor).__name__, len(call.ids) > 1
+            if kind == "UnbatchedClassifierFreeGuidanceLogitsProcessor" or (several and kind.startswith("PrefixCon")):
                 raise ValueError(
                     f"{kind} looks at whole batches, which grow row by row while {name!r} drafts; leave it out, or "
                     "pass one prompt at a time"
                 )
 
-    def decode(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Decode one call of ``generate``; what it needs has been prepared by transformers."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        self._refuse(generation_config, cache, logits_processor, input_ids.shape[0])
-        if not is_logical(cache):
-            self.binding.adopt(cache, mask)
-        rounds = ModelRounds(self.binding, cache)
+    def answer(self, call: Generation) -> AnswerSampler:
+        """Read the prompt, and choose tokens in rounds of drafts."""
+        rounds = ModelRounds(self.binding, call.cache)
         if self.drafter.reads_attention:
             rounds.scores = VisualScores(self.adapter)
         record = self.binding.recorder.drafting = Drafting()
         try:
-            prompt = rounds.prefill(
-                lambda: model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True), mask
-            )
+            prompt = rounds.prefill(call.prefill, call.mask)
             sampler = AnswerSampler(
-                input_ids,
-                generation_config,
-                logits_processor,
-                stopping_criteria,
-                self._streamer,
-                self._excluded(generation_config),
+                call.ids, call.config, call.processors, call.criteria, call.streamer, self._excluded(call.config)
             )
             logits = prompt.logits[:, -1]
             if sampler.greedy:
@@ -140,21 +115,10 @@ class DraftingRunner(OwnLoop):
                 first = [sampler.choose(row, logits[row]) for row in range(len(logits))]
             roots = {row: token for row, token in enumerate(first) if not sampler.emit(row, token)}
             if roots:
-                self._rounds(rounds, sampler, roots, first, input_ids, mask, generation_config, record)
+                self._rounds(rounds, sampler, roots, first, call, record)
         finally:
             rounds.finish()
-        if self._streamer is not None:
-            self._streamer.end()
-        padding = generation_config._pad_token_tensor
-        answers = sampler.answers(None if padding is None else int(padding))
-        if not generation_config.return_dict_in_generate:
-            return answers
-        return GenerateDecoderOnlyOutput(
-            sequences=answers,
-            scores=sampler.stacked(sampler.scores),
-            logits=sampler.stacked(sampler.logits),
-            past_key_values=cache,
-        )
+        return sampler
 
     def _rounds(
         self,
@@ -162,16 +126,14 @@ class DraftingRunner(OwnLoop):
         sampler: AnswerSampler,
         roots: Mapping[int, int],
         first: list[int],
-        ids: Tensor,
-        mask: Tensor | None,
-        config: Any,
+        call: Generation,
         record: Drafting,
     ) -> None:
-        request = self._request(rounds, sampler, first, ids, mask, config)
-        device = ids.device
+        request = self._request(rounds, sampler, first, call)
+        device = call.ids.device
 
         def start() -> Session:
-            prefill = rounds.described(ids) if self.drafter.needs_hidden else ()
+            prefill = rounds.described(call.ids) if self.drafter.needs_hidden else ()
             return self.drafter.start(replace(request, prefill=prefill))
 
         loop = Rounds(
@@ -197,20 +159,11 @@ class DraftingRunner(OwnLoop):
             return None
         return self._adaptive.setdefault(rows, Adaptive(start=min(4, self.drafter.most)))
 
-    def _request(
-        self,
-        rounds: ModelRounds,
-        sampler: AnswerSampler,
-        first: list[int],
-        ids: Tensor,
-        mask: Tensor | None,
-        config: Any,
-    ) -> Request:
-        model = self.adapter.model
+    def _request(self, rounds: ModelRounds, sampler: AnswerSampler, first: list[int], call: Generation) -> Request:
+        model, ids, mask, sampling = self.adapter.model, call.ids, call.mask, bool(call.config.do_sample)
         width = ids.shape[1]
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, mask.shape[1] - width :].bool()
-        drawn = self.drafter.stochastic and bool(config.do_sample)
-        seed = _state_of_chance(ids.device) if drawn else 0
+        seed = _state_of_chance(ids.device) if self.drafter.stochastic and sampling else 0
         head = model.get_output_embeddings()
         return Request(
             prompts=tuple(tuple(row[own].tolist()) for row, own in zip(ids, real, strict=True)),
@@ -219,7 +172,7 @@ class DraftingRunner(OwnLoop):
             stop=sampler.stops,
             vocabulary=int(head.weight.shape[0]),
             max_new_tokens=max(sampler.left(row) for row in range(len(first))),
-            sampling=bool(config.do_sample),
+            sampling=sampling,
             law=sampler.law_after,
             generator=[torch.Generator(device=ids.device).manual_seed(seed + row) for row in range(len(first))],
             device=ids.device,

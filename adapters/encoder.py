@@ -27,7 +27,8 @@ from mmfast.token_pruning.encoder_base import EncoderMerger, EncoderTokens, merg
 
 GROUPS_SIGNAL = VisionSignal("groups")
 _STAGE = "_mmfast_stage"
-_CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+# Checkpointing wraps the call of a layer, hooks included, in some releases and only its forward in others.
+CHECKPOINTS_RUN_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 class Shrunk:
@@ -171,7 +172,7 @@ class EncoderMerging:
         tower = self.adapter.tower(self.modality)
         if (
             tower.training
-            and _CHECKPOINTS_RUN_HOOKS
+            and CHECKPOINTS_RUN_HOOKS
             and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
         ):
             raise ValueError(

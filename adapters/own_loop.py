@@ -5,31 +5,104 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from mmfast.adapters.cache import is_logical
 from mmfast.adapters.ledger import Ledger
+
+if TYPE_CHECKING:
+    from mmfast.adapters.binding import Binding
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One call of ``generate`` as transformers has prepared it.
+
+    Attributes:
+        model: whose call it is.
+        ids: ``[B, S]`` int64 prompt.
+        processors: list of logits processors.
+        criteria: list of stopping criteria.
+        config: the generation config.
+        options: keywords of the model, the cache among them.
+        streamer: takes tokens as they come, or None.
+    """
+
+    model: Any
+    ids: Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    options: dict[str, Any]
+    streamer: Any
+
+    @property
+    def cache(self) -> Any:
+        """What the prompt and the answer are stored in; None = nothing."""
+        return self.options.get("past_key_values")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens of the cache and the prompt are real, ``[B, P]``; None = all."""
+        return self.options.get("attention_mask")
+
+    @property
+    def other_mode(self) -> str:
+        """How tokens are to be chosen, in words, where neither greedily nor by sampling; else empty."""
+        mode = self.config.get_generation_mode()
+        usual = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        return "" if usual else str(mode.value).replace("_", " ")
+
+    def prefill(self) -> Any:
+        """Read the prompt, and return what the model does."""
+        return self.model._prefill(self.ids, self.config, self.options, is_first_iteration=True)
+
+
+class Written(NamedTuple):
+    """What a call of ``generate`` has come to.
+
+    Attributes:
+        ids: ``[B, S + T]`` int64, prompts and answers.
+        scores: ``[B, V]`` per token where asked for, else None.
+        logits: the same before processors.
+    """
+
+    ids: Tensor
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+
+
+class Writing(Protocol):
+    """The answers of a call, while their tokens are chosen."""
+
+    def written(self) -> Written:
+        """Return the tokens, when the last has been chosen."""
 
 
 class OwnLoop(ABC):
     """Base of what decodes in place of transformers, which prepares inputs, processors, criteria and the cache.
 
     Args:
-        model: the model whose ``generate`` is wrapped.
+        binding: the plan at work on the model whose ``generate`` is wrapped.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, binding: Binding) -> None:
+        self.binding, self.adapter = binding, binding.adapter
         self._inputs: dict[str, Any] = {}
         self._streamer: Any = None
 
     def attach(self, ledger: Ledger) -> None:
         """Wrap the model's ``generate``."""
-        ledger.set_attribute(self._model, "generate", self._wrapped(self._model.generate))
+        model = self.adapter.model
+        ledger.set_attribute(model, "generate", self._wrapped(model.generate))
 
     @abstractmethod
     def go_on_from(self, before: Any) -> None:
@@ -40,6 +113,17 @@ class OwnLoop(ABC):
         """Say whether a call with these keywords is decoded here; else transformers does it."""
 
     @abstractmethod
+    def refuse(self, call: Generation) -> None:
+        """Refuse what cannot be decoded here.
+
+        Raises:
+            ValueError: naming it, and what to do.
+        """
+
+    @abstractmethod
+    def answer(self, call: Generation) -> Writing:
+        """Read the prompt and choose all tokens; the layers of the cache are logical."""
+
     def decode(
         self,
         model: Any,
@@ -50,6 +134,25 @@ class OwnLoop(ABC):
         **model_kwargs: Any,
     ) -> Any:
         """Decode one call of ``generate``; what it needs has been prepared by transformers."""
+        call = Generation(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            self._streamer,
+        )
+        self.refuse(call)
+        if not is_logical(call.cache):
+            self.binding.adopt(call.cache, call.mask)
+        answer = self.answer(call)
+        if call.streamer is not None:
+            call.streamer.end()
+        ids, scores, logits = answer.written()
+        if not generation_config.return_dict_in_generate:
+            return ids
+        return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=call.cache)
 
     def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         names = tuple(signature(original).parameters)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
+from mmfast.decoding import Compilation, Drafting
 from mmfast.kv.cache import LogicalLength
 from mmfast.plan import Plan
-from mmfast.report import Compilation, Drafting, LayerWork, MediaRecord, Report, Stopwatch, peak_memory
+from mmfast.report import LayerWork, MediaRecord, Report, Stopwatch, peak_memory
 
 
 class Recorder:

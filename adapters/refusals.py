@@ -1,10 +1,11 @@
-"""What a model cannot do for a plan, found out before anything is changed."""
+"""What a model cannot do for a plan; most of it is found out before anything is changed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mmfast.adapters.base import Adapter
+from mmfast.adapters.encoder import CHECKPOINTS_RUN_HOOKS
 from mmfast.adapters.frames import check_frames
 from mmfast.adapters.resizing import check_resizing
 from mmfast.adapters.vision import check_signals
@@ -224,3 +225,18 @@ def _check_signals(adapter: Adapter, method: Method) -> None:
     if "activations" in method.needs:
         for layer in adapter.layers:
             adapter.down_projection(layer)
+
+
+def refuse_checkpointing(adapter: Adapter) -> None:
+    """Refuse hooked layers under gradient checkpointing, where that runs their hooks again.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    decoder = adapter.decoder
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False) and CHECKPOINTS_RUN_HOOKS:
+        raise ValueError(
+            "this plan on this model with gradient checkpointing needs a newer transformers (it hooks layers, "
+            "and this one runs their hooks again in the backward pass; 5.23 does not); turn checkpointing off, or "
+            "drop before the LLM in a model without deepstack features"
+        )

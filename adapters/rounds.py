@@ -136,7 +136,7 @@ class ModelRounds:
         Returns:
             What the model returned.
         """
-        self.binding.listener = self
+        self.binding.onlooker = self
         output = run()
         if self.read is None or self._hidden is None:
             raise RuntimeError("the decoder did not run on the prompt")
@@ -317,7 +317,7 @@ class ModelRounds:
 
     def finish(self) -> None:
         """Leave the cache as plain decoding does: as long as the longest answer but its last token."""
-        self.binding.listener = None
+        self.binding.onlooker = None
         if self._columns != max(self.added, default=0) or len(set(self.added)) > 1:
             self._close_up()
             for layer in self.cache.layers:

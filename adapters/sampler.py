@@ -21,6 +21,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from mmfast.adapters.own_loop import Written
+
 _WITHOUT_MEMORY = (
     RepetitionPenaltyLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -77,6 +79,8 @@ class AnswerSampler:
         self._lengths = [self._prompt] * batch
         self._processors = [[_of_row(processor, row) for processor in processors] for row in range(batch)]
         self._sampling, self._streamer = bool(config.do_sample), streamer
+        padding = config._pad_token_tensor
+        self._padding = None if padding is None else int(padding)
         self._stops: set[int] = set()
         self._criteria = []
         for criterion in criteria:
@@ -169,22 +173,27 @@ class AnswerSampler:
         self._ended[row] = over
         return over
 
-    def answers(self, padding: int | None) -> Tensor:
-        """Return ``[B, S + T]`` int64, prompts and answers, shorter ones filled up."""
+    def written(self) -> Written:
+        """Return all tokens, shorter answers filled up; scores of rows that had ended repeat their last.
+
+        Raises:
+            ValueError: if there is nothing to fill them up with.
+        """
         longest = max(self._lengths)
         for row, length in enumerate(self._lengths):
             if length < longest:
-                if padding is None:
+                if self._padding is None:
                     raise ValueError(
                         "answers of a batch end at different lengths and there is no pad_token_id to fill them up; "
                         "pass pad_token_id to generate()"
                     )
-                self._ids[row, length:longest] = padding
-        return self._ids[:, :longest]
+                self._ids[row, length:longest] = self._padding
+        return Written(self._ids[:, :longest], _stacked(self.scores), _stacked(self.logits))
 
-    def stacked(self, kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
-        """Return what was kept per token, ``[B, V]`` each; rows that had ended repeat their last."""
-        if kept is None:
-            return None
-        longest = max(len(row) for row in kept)
-        return tuple(torch.cat([row[min(i, len(row) - 1)] for row in kept]) for i in range(longest))
+
+def _stacked(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """Return what was kept per token, ``[B, V]`` each."""
+    if kept is None:
+        return None
+    longest = max(len(row) for row in kept)
+    return tuple(torch.cat([row[min(i, len(row) - 1)] for row in kept]) for i in range(longest))

@@ -88,12 +88,12 @@ class SelfDraft:
             feed_forward: layers whose feed-forward part is left out.
         """
         binding, ledger = self.rounds.binding, Ledger()
-        listener, steps = binding.listener, binding.recorder.steps
+        onlooker, steps = binding.onlooker, binding.recorder.steps
         layers = self.rounds.cache.layers
         before = [(layer.stored, {name: getattr(layer, name) for name in BOOKS}) for layer in layers]
         self._depth = 0
         try:
-            binding.listener = self.rounds
+            binding.onlooker = self.rounds
             for index in attention:
                 ledger.set_attribute(self.adapter.attention(self.adapter.layers[index]), "forward", _no_attention)
             for index in feed_forward:
@@ -101,7 +101,7 @@ class SelfDraft:
             yield
         finally:
             ledger.undo()
-            binding.listener, binding.recorder.steps = listener, steps
+            binding.onlooker, binding.recorder.steps = onlooker, steps
             for layer, (stored, books) in zip(layers, before, strict=True):
                 _forget(layer, stored, books)
 

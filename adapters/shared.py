@@ -8,26 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmfast.adapters.attention import Attended, register_answered, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.ledger import Ledger
 from mmfast.kernels.rerotate import rerotate
+from mmfast.kernels.shared_prefix import shared_prefix
 from mmfast.kv.cache import LogicalLength
-from mmfast.kv.shared_prefix import shared_prefix_attention
 
-_NAME = "mmfast_shared_prefix"
 _BOOKS = ("slots", "heads", "bias", "positions")
-_states: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
-_users = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +67,31 @@ class _Call:
     places: Tensor
 
 
-@dataclass
-class _Layer:
+@dataclass(frozen=True, eq=False)
+class _Continued:
+    """Attention of one layer to the prompt and to what follows it."""
+
     prefix: PrefixLayer
     call: _Call
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> Attended:
+        prefix, call = self.prefix, self.call
+        visible, own = prefix.heads, call.visible
+        if prefix.window is not None:
+            edge = call.places[:, -query.shape[2] :, None] - prefix.window
+            visible = prefix.slots.to(query.device) > edge
+            own = own & (call.places[:, None, :] > edge)
+        output, _ = shared_prefix(
+            query,
+            (prefix.keys, prefix.values),
+            (key, value),
+            own,
+            prefix_visible=visible,
+            prefix_bias=prefix.bias,
+            scaling=options.get("scaling"),
+            softcap=options.get("softcap"),
+        )
+        return Attended(output)
 
 
 class _SuffixLayer(DynamicLayer):  # type: ignore[misc]
@@ -161,66 +177,15 @@ class SharedPrefix:
     def _at_work(self, call: _Call) -> Iterator[None]:
         config = self.adapter.text_config
         before, ledger = config._attn_implementation_internal, Ledger()
-        modules = [self.adapter.attention(layer) for layer in self.adapter.layers]
-
-        def forget() -> None:
-            config._attn_implementation_internal = before
-            for module in modules:
-                _states.pop(module, None)
-
         try:
-            _register(ledger)
-            ledger.enter(forget)
-            for module, prefix in zip(modules, self.layers, strict=True):
-                _states[module] = _Layer(prefix, call)
-            config._attn_implementation_internal = _NAME
+            name = register_answered(ledger)
+            for layer, prefix in zip(self.adapter.layers, self.layers, strict=True):
+                ledger.enter(watch(self.adapter.attention(layer), _Continued(prefix, call)))
+            ledger.enter(lambda: setattr(config, "_attn_implementation_internal", before))
+            config._attn_implementation_internal = name
             yield
         finally:
             ledger.undo()
-
-
-def _register(ledger: Ledger) -> None:
-    global _users
-    if _users == 0:
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, _no_mask)
-    _users += 1
-
-    def release() -> None:
-        global _users
-        _users -= 1
-        if _users == 0:
-            ALL_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
-            ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(_NAME, None)
-
-    ledger.enter(release)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Make no mask: who sees what is known here."""
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
-    state = _states[module]
-    prefix, call = state.prefix, state.call
-    visible, own = prefix.heads, call.visible
-    if prefix.window is not None:
-        edge = call.places[:, -query.shape[2] :, None] - prefix.window
-        visible = prefix.slots.to(query.device) > edge
-        own = own & (call.places[:, None, :] > edge)
-    output = shared_prefix_attention(
-        query,
-        (prefix.keys, prefix.values),
-        (key, value),
-        own,
-        prefix_visible=visible,
-        prefix_bias=prefix.bias,
-        scaling=kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"),
-    )
-    return output.transpose(1, 2).contiguous(), None
 
 
 # ------------------------------------------------------------------------- making one

@@ -20,7 +20,7 @@ from mmfast.adapters.attention import register_tap, tap_name, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import Described
-from mmfast.adapters.vision_attention import Attended, joined_heads
+from mmfast.adapters.vision_attention import VisionAttention, joined_heads
 from mmfast.token_pruning.base import Method, VisionSignal, check_choice
 from mmfast.tokens import Layout
 
@@ -297,7 +297,7 @@ class _Listener:
     @torch.no_grad()
     def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         """Read one call of the attention function."""
-        for attended in Attended(query.detach(), key.detach(), mask, options.get("scaling")).split(
+        for attended in VisionAttention(query.detach(), key.detach(), mask, options.get("scaling")).split(
             self._lengths(query, options)
         ):
             # Without a class token several signals are one and the same costly reading.
@@ -317,7 +317,7 @@ class _Listener:
             return list(self.lengths)
         return [query.shape[2]]
 
-    def _read(self, kind: str, heads: str, attended: Attended) -> Tensor:
+    def _read(self, kind: str, heads: str, attended: VisionAttention) -> Tensor:
         if kind in ("keys", "queries"):
             return joined_heads((attended.key if kind == "keys" else attended.query).float(), heads)
         own = attended.as_one_head() if heads == "join" else attended

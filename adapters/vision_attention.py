@@ -14,7 +14,7 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True)
-class Attended:
+class VisionAttention:
     """What one call of an attention function attends with.
 
     Attributes:
@@ -29,19 +29,19 @@ class Attended:
     mask: Any = None
     scaling: float | None = None
 
-    def split(self, lengths: Sequence[int]) -> Iterator[Attended]:
+    def split(self, lengths: Sequence[int]) -> Iterator[VisionAttention]:
         """Cut a packed sequence into parts that do not see each other."""
         if len(lengths) == 1:
             yield self
             return
         # Inside its part every token sees every other.
         for query, key in zip(self.query.split(list(lengths), 2), self.key.split(list(lengths), 2), strict=True):
-            yield Attended(query, key, None, self._scaling)
+            yield VisionAttention(query, key, None, self._scaling)
 
-    def as_one_head(self) -> Attended:
+    def as_one_head(self) -> VisionAttention:
         """Read the projections as a single head of full width."""
         query, key = (joined_heads(states, "join")[:, None] for states in (self.query, self._keys))
-        return Attended(query, key, self.mask, self._scaling / self.query.shape[1] ** 0.5)
+        return VisionAttention(query, key, self.mask, self._scaling / self.query.shape[1] ** 0.5)
 
     @property
     def _scaling(self) -> float:
@@ -70,7 +70,7 @@ class Attended:
             float32 ``[B, N]``.
 
         Example:
-            >>> same = Attended(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+            >>> same = VisionAttention(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
             >>> same.received(average=True).mul(3).tolist()
             [[1.0, 1.0, 1.0]]
         """

@@ -229,12 +229,12 @@ def load_runner(path: Path) -> FromFile:
     return FromFile(str(getattr(module, "NAME", path.stem)), module)
 
 
-def twin(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module) -> nn.Module:
     """Copy a model without its weights, which both have: what is done to one does not show in the other.
 
     Example:
         >>> one = nn.Linear(2, 2)
-        >>> other = twin(one)
+        >>> other = sharing_weights(one)
         >>> other is one, other.weight is one.weight
         (False, True)
     """

@@ -11,7 +11,7 @@ from torch import nn
 
 import mmfast
 from mmfast.bench.ceilings import Ceilings
-from mmfast.bench.contenders import Case, Contender, Planned, Sample, Untouched, twin
+from mmfast.bench.contenders import Case, Contender, Planned, Sample, Untouched, sharing_weights
 from mmfast.bench.timing import Spread, interleaved, ratios
 from mmfast.measure import setting_of
 from mmfast.report import Report
@@ -112,7 +112,7 @@ def _watched(contender: Contender, case: Case, new_tokens: int) -> Callable[[], 
     def sample() -> Sample:
         with watch:
             if not run:
-                own = replace(case, model=twin(case.model))
+                own = replace(case, model=sharing_weights(case.model))
                 run.append(contender.start(own, new_tokens))
             found = run[0]()
         return replace(found, peak_bytes=watch.peak)

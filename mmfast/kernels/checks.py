@@ -50,8 +50,13 @@ def check_heads(name: str, count: int, multiple: int, heads: int) -> None:
         raise ValueError(f"{name} has {count} heads, must be a multiple of {multiple} that divides {heads} query heads")
 
 
-def check_bool(name: str, tensor: Tensor) -> None:
+def check_bool(name: str, tensor: Tensor, means: str = "visible") -> None:
     """Refuse a mask that is not bool.
+
+    Args:
+        name: of the argument.
+        tensor: it.
+        means: what True says.
 
     Raises:
         TypeError: naming argument and dtype.
@@ -60,7 +65,7 @@ def check_bool(name: str, tensor: Tensor) -> None:
         >>> check_bool("sees", torch.ones(1, dtype=torch.bool))
     """
     if tensor.dtype != torch.bool:
-        raise TypeError(f"{name} is {tensor.dtype}, must be torch.bool (True = visible)")
+        raise TypeError(f"{name} is {tensor.dtype}, must be torch.bool (True = {means})")
 
 
 def check_whole(name: str, tensor: Tensor) -> None:

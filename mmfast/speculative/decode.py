@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from mmfast.speculative.adaptive import Adaptive
 from mmfast.speculative.base import Draft, Request, Session, Verified
 from mmfast.speculative.verify import reject, walk
@@ -171,8 +171,8 @@ class Rounds:
         kept: list[int] = []
         for node, token in enumerate(draft.tokens, start=1):
             legal = 0 <= token < request.vocabulary and token not in excluded
-            twin = any(tokens[i] == token and kept[i] == place.get(parents[node]) for i in range(len(tokens)))
-            if len(tokens) == budget or not legal or twin or parents[node] not in place:
+            again = any(tokens[i] == token and kept[i] == place.get(parents[node]) for i in range(len(tokens)))
+            if len(tokens) == budget or not legal or again or parents[node] not in place:
                 continue
             kept.append(place[parents[node]])
             tokens.append(token)

@@ -8,7 +8,16 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mmfast
-from mmfast.adapters.attention import Attended, Capture, CaptureDone, register_tap, tap_name, watch, watchers
+from mmfast.adapters.attention import (
+    Attended,
+    Capture,
+    CaptureDone,
+    register_answered,
+    register_tap,
+    tap_name,
+    watch,
+    watchers,
+)
 from mmfast.adapters.ledger import Ledger
 from support.cases import case_id, mixed
 from support.checks import CLOSE, census, registries
@@ -153,6 +162,27 @@ def test_a_listener_may_attend_itself(first: bool) -> None:
     assert torch.equal(found, wanted)
     assert weights is None
     assert capture.view(1, None).length == 4
+
+
+def test_no_mask_is_made_where_every_call_is_answered() -> None:
+    family = FAMILIES["llava"]
+    model, ledger, tables, masks = family.model(), Ledger(), registries(), []
+
+    class Attending:
+        def take(self, query: Tensor, key: Tensor, value: Tensor, mask: object, options: object) -> Attended:
+            masks.append(mask)
+            return Attended(query)
+
+    ledger.set_attribute(model.get_decoder().config, "_attn_implementation_internal", register_answered(ledger))
+    for layer in model.get_decoder().layers:
+        ledger.enter(watch(layer.self_attn, Attending()))
+    try:
+        with torch.no_grad():
+            model(**mixed(family).inputs)
+    finally:
+        ledger.undo()
+    assert masks == [None] * len(model.get_decoder().layers)
+    assert registries() == tables
 
 
 def test_the_last_user_takes_the_tap_out() -> None:

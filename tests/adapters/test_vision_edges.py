@@ -21,7 +21,7 @@ import mmfast
 from mmfast.adapters import for_model, vision_attention
 from mmfast.adapters.media import Described, Segment
 from mmfast.adapters.vision import VisionReader, block_of
-from mmfast.adapters.vision_attention import Attended
+from mmfast.adapters.vision_attention import VisionAttention
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import VisionSignal
 from mmfast.tokens import Layout
@@ -41,7 +41,7 @@ RECEIVED = VisionSignal("received_attention", 0)
 # ------------------------------------------------------------------------------------- numerics
 
 
-def dense(attended: Attended) -> Tensor:
+def dense(attended: VisionAttention) -> Tensor:
     """All weights ``[B, H, N, N]``."""
     groups = attended.query.shape[1] // attended.key.shape[1]
     logits = attended.query @ attended.key.repeat_interleave(groups, 1).mT * attended.query.shape[-1] ** -0.5
@@ -70,7 +70,7 @@ def masks(kind: str, batch: int, count: int) -> Tensor | None:
 def test_received_attention_is_that_of_the_whole_matrix(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision_attention, "_BLOCK", block)
     batch, heads, count = 2, 4, 7
-    attended = Attended(
+    attended = VisionAttention(
         noise(batch, heads, count, 3, seed=1), noise(batch, 2, count, 3, seed=2), masks(kind, batch, count)
     )
     weights = dense(attended)

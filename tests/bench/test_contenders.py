@@ -11,7 +11,7 @@ import torch
 import mmfast
 from mmfast.adapters import random_model
 from mmfast.bench.ceilings import Ceilings
-from mmfast.bench.contenders import Case, Planned, Untouched, load_runner, twin
+from mmfast.bench.contenders import Case, Planned, Untouched, load_runner, sharing_weights
 from mmfast.bench.models import contenders_of, decode_weight_bytes, model_cell
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -45,7 +45,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_twins_share_weights_and_nothing_else() -> None:
     own = case()
-    other = twin(own.model)
+    other = sharing_weights(own.model)
     with torch.inference_mode():
         before = own.model(**own.inputs).logits
         mmfast.accelerate(other, "divprune(keep=8)")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmfast.kv.shared_prefix import combine, partial_attention, shared_prefix_attention
+from mmfast.kernels.parts import combine, partial_attention
+from mmfast.kernels.shared_prefix import shared_prefix
 from support.entries import Case, tensor
 
 
@@ -24,5 +25,5 @@ def check(case: Case) -> None:
         np.testing.assert_allclose(part[0].numpy(), case[f"{name}_out"], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(part[1].numpy(), case[f"{name}_lse"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(combine([first, second])[0].numpy(), case["out"], rtol=1e-5, atol=1e-5)
-    whole = shared_prefix_attention(query, (prefix, values), suffix, visible[:, None])
+    whole, _ = shared_prefix(query, (prefix, values), suffix, visible[:, None])
     np.testing.assert_allclose(whole.numpy(), case["out"], rtol=1e-5, atol=1e-5)

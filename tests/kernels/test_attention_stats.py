@@ -197,7 +197,7 @@ def wrong() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
     query, key = case()
     return {
         "ndim": (lambda: row_lse(query[0], key), ValueError, "must be"),
-        "groups": (lambda: row_lse(query, key[:, :1].expand(-1, 3, -1, -1)), ValueError, "divisor"),
+        "groups": (lambda: row_lse(query, key[:, :1].expand(-1, 3, -1, -1)), ValueError, "divides 4 query heads"),
         "dtype": (lambda: row_lse(query, key.half()), TypeError, "one floating dtype"),
         "temperature": (lambda: row_lse(query, key, temperature=0.0), ValueError, "temperature=0.0"),
         "softcap": (lambda: row_lse(query, key, softcap=-1.0), ValueError, "softcap=-1.0"),
@@ -211,7 +211,7 @@ def wrong() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             r"packed=\[0, 3\] must ascend",
         ),
         "packed shape": (lambda: row_lse(query, key, packed=torch.tensor([11])), ValueError, r"packed \[1\]"),
-        "packed dtype": (lambda: row_lse(query, key, packed=torch.zeros(2)), TypeError, "packed must be int32"),
+        "packed dtype": (lambda: row_lse(query, key, packed=torch.zeros(2)), TypeError, "packed is torch.float32"),
         "mask": (lambda: row_lse(query, key, mask=torch.ones(2, 4, 7, 3)), ValueError, "mask"),
         "mask dtype": (lambda: row_lse(query, key, mask=torch.ones(1, dtype=torch.int64)), TypeError, "mask"),
         "value": (lambda: attend(query, key, key[:, :, :3]), ValueError, "value"),

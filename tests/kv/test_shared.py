@@ -109,14 +109,14 @@ def test_senseless_questions_are_refused() -> None:
 
 def test_logits_are_exact() -> None:
     """What the shared attention gives is what one attention over everything gives."""
-    from mmfast.kv.shared_prefix import shared_prefix_attention
+    from mmfast.kernels.shared_prefix import shared_prefix
 
     generator = torch.Generator().manual_seed(0)
     query, prefix = torch.randn(3, 4, 2, 8, generator=generator), torch.randn(2, 2, 9, 8, generator=generator)
     suffix = torch.randn(2, 3, 2, 5, 8, generator=generator)
     visible = torch.rand(3, 2, 5, generator=generator) > 0.3
     real, bias = torch.rand(2, 9, generator=generator) > 0.3, torch.randn(2, 9, generator=generator)
-    found = shared_prefix_attention(
+    found, _ = shared_prefix(
         query, (prefix[0], prefix[1]), (suffix[0], suffix[1]), visible, prefix_visible=real, prefix_bias=bias
     )
     for row in range(3):

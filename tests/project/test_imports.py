@@ -16,7 +16,7 @@ FOLDERS = {"mmfast": "mmfast", "mmfast.adapters": "adapters", "mmfast.eval": "ev
 # Room -> the modules in it (with everything below them). A new top-level module needs a room here.
 ROOMS = {
     "public": ("mmfast",),
-    "core": ("mmfast.budget", "mmfast.registry", "mmfast.report", "mmfast.tokens"),
+    "core": ("mmfast.budget", "mmfast.decoding", "mmfast.registry", "mmfast.report", "mmfast.tokens"),
     "media": ("mmfast.media",),
     "kernels": ("mmfast.kernels",),
     "token_pruning": ("mmfast.token_pruning",),

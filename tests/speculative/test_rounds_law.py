@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from mmfast.speculative.base import Draft, Request, Session, Verified
 from mmfast.speculative.decode import Outcome, Rounds
 from support.acceptance import chi_square, doubles

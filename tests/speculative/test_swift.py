@@ -11,8 +11,8 @@ import torch
 
 import mmfast
 from mmfast.adapters.self_draft import SelfDraft
+from mmfast.decoding import Drafting
 from mmfast.registry import get
-from mmfast.report import Drafting
 from mmfast.speculative.drafters.swift import candidate_widths
 from mmfast.speculative.skipping import Skips, SkipSearch, initial_skips, searched_sublayers
 from support.against_plain import check, decoded, rounds_when_right, unsaid

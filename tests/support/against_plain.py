@@ -12,7 +12,7 @@ from torch import Tensor
 import mmfast
 from mmfast.adapters import for_model
 from mmfast.adapters.drafting import DraftingRunner
-from mmfast.report import Drafting
+from mmfast.decoding import Drafting
 from support.families import Batch
 from support.prompts import PAD
 

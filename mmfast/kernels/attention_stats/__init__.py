@@ -15,16 +15,17 @@ from torch import Tensor
 
 from mmfast.kernels.attention_stats import reference
 from mmfast.kernels.attention_stats.problem import Options, Problem, problem_of
+from mmfast.kernels.checks import check_bool, check_shape
 from mmfast.kernels.dispatch import chosen, refusal_of
 
-__all__ = ["Attended", "Options", "attend", "column_sums", "few_rows", "row_lse", "visual_mass"]
+__all__ = ["AttendedRows", "Options", "attend", "column_sums", "few_rows", "row_lse", "visual_mass"]
 
 NAME = "attention_stats"
 _WIDEST = 256
 """Largest head size the kernels are written for."""
 
 
-class Attended(NamedTuple):
+class AttendedRows(NamedTuple):
     """What one pass over the rows finds.
 
     Attributes:
@@ -40,7 +41,7 @@ class Attended(NamedTuple):
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, visual: Tensor | None = None, **options: Unpack[Options]
-) -> Attended:
+) -> AttendedRows:
     """Attend, and say what the slices need: they cost no second pass over the logits then.
 
     Args:
@@ -65,12 +66,12 @@ def attend(
         ([2.0, 3.0], [[[1.0, 2.0]]], [[[0.0, 0.5]]])
     """
     problem = problem_of(query, key, options)
-    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value {list(value.shape)} must be {[*key.shape[:3], 'e']}, as many as there are keys")
+    batch, groups, columns = key.shape[:3]
+    check_shape("value", value, "B G m e", B=batch, G=groups, m=columns)
     if value.dtype != key.dtype:
         raise TypeError(f"value ({value.dtype}) and key ({key.dtype}) must have one dtype; convert one of them")
     lse, mass, output = _attended(problem, value, None if visual is None else _visual(problem, visual))
-    return Attended(cast("Tensor", output), lse, mass)
+    return AttendedRows(cast("Tensor", output), lse, mass)
 
 
 def row_lse(query: Tensor, key: Tensor, **options: Unpack[Options]) -> Tensor:
@@ -257,8 +258,7 @@ def _attended(
 def _visual(problem: Problem, visual: Tensor) -> Tensor:
     """Check which columns are visual, and return them as ``[B, m]``."""
     batch, _, _, columns = problem.sizes
-    if visual.dtype != torch.bool:
-        raise TypeError(f"visual must be bool, not {visual.dtype}")
+    check_bool("visual", visual, "visual")
     if tuple(visual.shape) not in {(columns,), (batch, columns)}:
         raise ValueError(f"visual {list(visual.shape)} must be [{columns}] or [{batch}, {columns}]")
     return visual.expand(batch, columns)
@@ -272,9 +272,7 @@ def _in_triton(problem: Problem, *others: Tensor | None, width: int = 1) -> bool
 
 def _check(problem: Problem, lse: Tensor | None, first: int) -> None:
     batch, heads, rows, columns = problem.sizes
-    if lse is not None and tuple(lse.shape) != (batch, heads, rows):
-        raise ValueError(
-            f"lse {list(lse.shape)} must be [{batch}, {heads}, {rows}], from row_lse with the same options"
-        )
+    if lse is not None:
+        check_shape("lse", lse, "B H R", B=batch, H=heads, R=rows)
     if not 0 <= first <= columns:
         raise ValueError(f"first={first} must be in [0, {columns}], a column or one past the last")

@@ -10,6 +10,8 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor
 
+from mmfast.kernels.checks import check_bool, check_heads, check_shape, check_whole
+
 
 class Options(TypedDict, total=False):
     """How logits come about and what a row sees, the same for all slices.
@@ -134,15 +136,11 @@ def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
         ValueError: if shapes do not fit, or a number is out of range.
         TypeError: if a dtype does not fit.
     """
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} must be [B, H, R, d] and [B, G, m, d]")
+    check_shape("query", query, "B H R d")
     batch, heads, rows, width = query.shape
+    check_shape("key", key, "B G m d", B=batch, d=width)
     groups, columns = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != width or not groups or heads % groups:
-        raise ValueError(
-            f"key {list(key.shape)} must be [{batch}, G, m, {width}] with G a divisor of {heads}, "
-            f"to fit query {list(query.shape)}"
-        )
+    check_heads("key", groups, 1, heads)
     if not query.is_floating_point() or query.dtype != key.dtype:
         raise TypeError(
             f"query ({query.dtype}) and key ({key.dtype}) must have one floating dtype; convert one of them"
@@ -160,8 +158,7 @@ def problem_of(query: Tensor, key: Tensor, options: Options) -> Problem:
             raise TypeError(f"places must be int64, not {places.dtype}")
         places = _expanded("places", places, (batch, rows))
     if valid is not None:
-        if valid.dtype != torch.bool:
-            raise TypeError(f"valid must be bool, not {valid.dtype}")
+        check_bool("valid", valid)
         valid = _expanded("valid", valid, (batch, columns))
     if (given := options.get("mask")) is not None:
         if given.dtype != torch.bool and not given.is_floating_point():
@@ -187,8 +184,7 @@ def _packed(problem: Problem, packed: Tensor) -> Problem:
     """Say of each row where the prompt it stands in begins and ends."""
     if packed.ndim != 1 or packed.numel() < 2:
         raise ValueError(f"packed {list(packed.shape)} must be [S + 1]: where S prompts begin, and where the last ends")
-    if packed.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"packed must be int32 or int64, not {packed.dtype}")
+    check_whole("packed", packed)
     columns = problem.sizes[-1]
     # On a GPU the numbers would have to be waited for.
     if packed.device.type == "cpu":

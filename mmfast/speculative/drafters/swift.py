@@ -54,14 +54,14 @@ def candidate_widths(probabilities: Iterable[float], mode: Literal["greedy", "sa
 
 
 @dataclass(frozen=True)
-class Step:
+class Likeliest:
     """What a step says of one row: the likeliest tokens, and how likely the first is."""
 
     tokens: list[int]
     probability: float
 
 
-def read_step(request: Request, logits: Tensor, width: int) -> list[Step]:
+def read_step(request: Request, logits: Tensor, width: int) -> list[Likeliest]:
     """Read ``[B, V]`` logits of a step without tokens that are never drafted."""
     scores = logits[..., : request.vocabulary].float()
     if request.excluded:
@@ -74,7 +74,7 @@ def read_step(request: Request, logits: Tensor, width: int) -> list[Step]:
         tokens = scores.sort(dim=-1, descending=True, stable=True).indices[..., :width]
     likeliest = scores.gather(-1, tokens[..., :1])[..., 0]
     probability = (likeliest - scores.logsumexp(dim=-1)).exp()
-    return [Step(row, sure) for row, sure in zip(tokens.tolist(), probability.tolist(), strict=True)]
+    return [Likeliest(row, sure) for row, sure in zip(tokens.tolist(), probability.tolist(), strict=True)]
 
 
 def draft_in_step(
