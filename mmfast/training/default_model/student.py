@@ -122,12 +122,11 @@ class Student(nn.Module):
         if not bool(shown.any()):
             return visual.sum() * 0.0
         states = functional.rms_norm(visual.flatten(0, 1)[shown], visual.shape[-1:])
-        losses = []
-        for words in self.symbols.place_words(states.device):
+        losses: list[Tensor] = []
+        for line, words in zip(("row", "column"), self.symbols.place_words(states.device), strict=True):
             # The middle has no word: its score is that of saying nothing.
             said = torch.where(words >= 0, states @ _worded(words, self.language.embed_tokens.weight).T, 0.0)
-            wanted = self.symbols.thirds(labels["row" if not losses else "column"].flatten()[shown])
-            losses.append(functional.cross_entropy(said, wanted))
+            losses.append(functional.cross_entropy(said, self.symbols.thirds(labels[line].flatten()[shown])))
         return torch.stack(losses).mean()
 
     def read(self, packed: Packed, visual: Tensor, *, attended: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
