@@ -36,8 +36,8 @@ from mmfast.eval.datasets.shapes import Record, Shapes, score
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SEEDED = {
     "random": "random(keep={keep}, seed={seed})",
-    # Before the third of eight layers, so that the baseline spans what schedules come to.
-    "random_in_llm": "random_in_llm(keep={keep}, layer=2, seed={seed})",
+    # After a quarter of the layers, so that the baseline spans what schedules come to.
+    "random_in_llm": "random_in_llm(keep={keep}, layer=0.25, seed={seed})",
 }
 SEEDS = 3
 

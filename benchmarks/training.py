@@ -41,13 +41,13 @@ SIDE, ANSWER, BATCH = 24, 16, 2
 SMALL = "predictor_width=64, predictor_heads=4"
 UNTRAINED = (
     "full",
-    "fastv(keep=0.1, layer=2)",
-    "uniform_in_llm(keep=0.1, layer=2)",
-    *(f"random_in_llm(keep=0.1, layer=2, seed={seed})" for seed in range(3)),
-    f"dynamic_llava(keep=0.1, layer=2, {SMALL})",
-    # As many visual tokens per layer as p_mod(keep=0.5): the first two of eight layers read all of them.
-    "uniform_in_llm(keep=0.3333, layer=2)",
-    *(f"random_in_llm(keep=0.3333, layer=2, seed={seed})" for seed in range(3)),
+    "fastv(keep=0.1, layer=0.25)",
+    "uniform_in_llm(keep=0.1, layer=0.25)",
+    *(f"random_in_llm(keep=0.1, layer=0.25, seed={seed})" for seed in range(3)),
+    f"dynamic_llava(keep=0.1, layer=0.25, {SMALL})",
+    # As many visual tokens per layer as p_mod(keep=0.5): a quarter of the layers reads all of them.
+    "uniform_in_llm(keep=0.3333, layer=0.25)",
+    *(f"random_in_llm(keep=0.3333, layer=0.25, seed={seed})" for seed in range(3)),
     "p_mod(keep=0.5)",
     "gamma_mod()",
 )
@@ -229,7 +229,7 @@ def main() -> None:
     for name, plan, count, rate in (
         ("curves", "pyramiddrop()", 200, 3e-4),
         ("gates", "p_mod(keep=0.5)", 400, 1e-2),
-        ("model", "uniform_in_llm(keep=0.3333, layer=2)", 400, 3e-4),
+        ("model", "uniform_in_llm(keep=0.3333, layer=0.25)", 400, 3e-4),
     ):
         own = commands.add_parser(name)
         own.add_argument("--plan", default=plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from training_tables import card_pictures, card_retention, trained_text
 
 import mmfast
 from mmfast.adapters import families
+from mmfast.zoo import default_path
 
 STAGES = {
     "frames": "which frames of a video are encoded at all",
@@ -82,6 +84,7 @@ def method_table() -> str:
 def accuracy_text() -> str:
     """Describe accuracy against kept tokens."""
     result = latest("accuracy-*.json")
+    depth = json.loads((default_path() / "config.json").read_text())["text_config"]["num_hidden_layers"]
     methods, signs = result["methods"], {"better": " +", "worse": " -", "same": ""}
     keeps = list(next(iter(methods.values())))
     rows: list[tuple[str, ...]] = [("method", *(f"keep={keep}" for keep in keeps))]
@@ -113,8 +116,9 @@ def accuracy_text() -> str:
         f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
         "![Accuracy against visual tokens per layer, one panel per method](images/accuracy.svg)\n\n"
         f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
-        "nothing of them but that they run. The demo model was trained with dropped backgrounds and "
-        "supervised attention: methods that read its attention look better here than on public models."
+        f"nothing of them but that they run. The demo model has few layers ({depth}), so methods inside it "
+        "have little room, and it was trained with dropped backgrounds and supervised attention: methods that read its "
+        "attention look better here than on public models."
     )
 
 
