@@ -84,7 +84,7 @@ class ShapesVideo(_ShapesTask):
     Args:
         split: as for pictures.
         seed: which data set.
-        families: question families of clips; None takes :data:`CLIP_FAMILIES`.
+        families: question families of clips; None takes color, shape and size.
         num_questions: how many questions.
         num_frames: frames of each clip, at least 2; the embedded model copes with four at most.
 
