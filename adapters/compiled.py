@@ -120,7 +120,7 @@ class CompiledLoop(OwnLoop):
         implementation = self.adapter.text_config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             return f"{implementation!r} attention takes no mask"
-        return hindrance(self.adapter.model, self.binding)
+        return hindrance(self.adapter.model, (self.binding, self.binding.outer))
 
     # --------------------------------------------------------------------- decoding
 

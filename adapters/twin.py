@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from typing import Any
 
@@ -66,12 +66,12 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     return modules, tuple((id(tensor), tensor.data_ptr(), tensor.dtype) for tensor in tensors)
 
 
-def hindrance(model: nn.Module, owner: object) -> str:
+def hindrance(model: nn.Module, owners: Collection[object]) -> str:
     """Say why a twin would compute something else than the model; empty where it would not.
 
     Args:
         model: the model.
-        owner: whose hooks may be left out, because their work is done otherwise.
+        owners: whose hooks may be left out, because their work is done otherwise.
     """
     if len({tensor.device for tensor in model.parameters()}) > 1:
         return "the model lies on several devices"
@@ -79,7 +79,8 @@ def hindrance(model: nn.Module, owner: object) -> str:
         if "forward" in vars(module):
             return f"the forward of {name or 'the model'} has been replaced"
         for hook in _hooks(module):
-            if getattr(hook, "__self__", None) is not owner and not _is_of_transformers(hook):
+            known = any(getattr(hook, "__self__", None) is owner for owner in owners)
+            if not known and not _is_of_transformers(hook):
                 return f"{name or 'the model'} has a hook of its own"
     return ""
 
