@@ -30,8 +30,19 @@ def _voco_text() -> str:
         f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
         f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
         f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
-        f"untouched model, `ce` does not.\n\n{table(rows)}"
+        f"untouched model, `ce` does not.\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
     )
+
+
+def _voco_verdict(taught: dict[str, Any], counts: list[str]) -> str:
+    """Say how many counts compression tokens win when their rival was taught as long."""
+    best = {n: max(row["accuracy"][n] for name, row in taught.items() if name.startswith("voco")) for n in counts}
+    lines = []
+    for name, row in taught.items():
+        if not name.startswith("voco"):
+            won = sum(best[n] > row["accuracy"][n] for n in counts)
+            lines.append(f"`{name.split(',')[0]}`, taught as long, was beaten at {won} of {len(counts)} counts.")
+    return " ".join(lines)
 
 
 def _gates_text() -> str:

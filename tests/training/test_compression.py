@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmfast.training.settings import Settings
 from mmfast.training.supervised import IGNORED
 from mmfast.training.trainer import train
 
+needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="training needs accelerate (extra train)")
 SETTINGS = Settings(steps=2, batch=2, learning_rate=1e-3, warmup=0, checkpoint_every=1)
 
 
@@ -69,6 +71,7 @@ def test_the_loss_is_cross_entropy_and_distance_from_the_teacher() -> None:
     assert distillation(given, given).item() == pytest.approx(0.0, abs=1e-6)
 
 
+@needs_accelerate
 def test_what_learns_and_what_does_not(tmp_path: Path) -> None:
     learns = objective(tokens=2, loss="ce+kd")
     assert learns.teacher is not None
@@ -81,6 +84,7 @@ def test_what_learns_and_what_does_not(tmp_path: Path) -> None:
     assert not learns.teacher.training
 
 
+@needs_accelerate
 def test_a_run_that_was_broken_off_ends_the_same(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tokens": [1, 2], "loss": "ce+kd"}
     whole = train(objective(**options), SETTINGS, tmp_path / "whole", progress=False)
@@ -89,6 +93,7 @@ def test_a_run_that_was_broken_off_ends_the_same(tmp_path: Path) -> None:
     assert parts["loss"] == whole["loss"]
 
 
+@needs_accelerate
 def test_the_recipe_exports_what_loads(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "recipes" / "voco.toml"
     changes = {"settings.steps": 1, "settings.batch": 1, "settings.warmup": 0, "objective.loss": "ce"}
