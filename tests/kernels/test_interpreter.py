@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ FILES = [
     path for path in sorted(HERE.glob("test_*.py")) if path != Path(__file__) and "mark.interpreter" in path.read_text()
 ]
 
+SHARES = 4
+
 
 def test_there_is_something_to_interpret() -> None:
     assert FILES
@@ -23,11 +26,11 @@ def test_there_is_something_to_interpret() -> None:
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-# File by file, so that workers share them.
+# In four shares, so that workers divide them and starting a process is not what takes the time.
 @needs_triton
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_interpreted(path: Path) -> None:
-    interpret(path, "interpreter and not gpu and not slow")
+@pytest.mark.parametrize("share", range(SHARES))
+def test_interpreted(share: int) -> None:
+    interpret(FILES[share::SHARES], "interpreter and not gpu and not slow")
 
 
 @needs_triton
@@ -36,7 +39,7 @@ def test_interpreted(path: Path) -> None:
     "path", [path for path in FILES if "mark.slow" in path.read_text()], ids=lambda path: path.stem
 )
 def test_slow_ones_interpreted(path: Path) -> None:
-    interpret(path, "interpreter and not gpu and slow", "--slow")
+    interpret([path], "interpreter and not gpu and slow", "--slow")
 
 
 CONTRACT = HERE.parent / "kv" / "test_contract.py"
@@ -59,11 +62,11 @@ SLICES = {
 @needs_triton
 @pytest.mark.parametrize("name", ["few", pytest.param("more", marks=pytest.mark.slow)])
 def test_the_contract_of_caches_holds_with_kernels(name: str) -> None:
-    interpret(CONTRACT, "not gpu", "--slow", "-k", " or ".join(f"({one})" for one in SLICES[name]))
+    interpret([CONTRACT], "not gpu", "--slow", "-k", " or ".join(f"({one})" for one in SLICES[name]))
 
 
-def interpret(path: Path, which: str, *more: str) -> None:
-    command = [sys.executable, "-m", "pytest", str(path), "-q", "-m", which, *more]
+def interpret(paths: Sequence[Path], which: str, *more: str) -> None:
+    command = [sys.executable, "-m", "pytest", *map(str, paths), "-q", "-m", which, *more]
     command += ["-p", "no:cacheprovider"]
     # How this process was told to run is not meant for that one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
