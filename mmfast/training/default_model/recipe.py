@@ -63,7 +63,7 @@ def _muon(steps: int, batch: int, rate: float, other: float, seed: int = 0) -> S
 PARTS: tuple[Part, ...] = (
     Part("vision", VisionStage, _muon(2800, 8, 3e-3, 1.5e-3), ()),
     Part("language", LanguageStage, _muon(3000, 8, 3e-3, 1.5e-3), ()),
-    Part("align", AlignStage, Settings(steps=300, batch=8, learning_rate=2e-3), ("vision", "language")),
+    Part("align", AlignStage, Settings(steps=1500, batch=8, learning_rate=3e-3), ("vision", "language")),
     Part("joint", JointStage, _muon(4000, 8, 1.2e-3, 6e-4), ("align",)),
     Part("whole", partial(JointStage, clips=0.25, whole=(0.7, 1.0), number=5), _muon(1300, 8, 1e-3, 5e-4), ("joint",)),
 )
