@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import mmfast
 from mmfast.adapters import prepare
 from mmfast.eval.datasets.shapes.render import render
 from mmfast.training.default_model import recipe
+from mmfast.training.default_model.calibrations import PLANS, write_calibrations
 from mmfast.training.default_model.packing import Packer
 from mmfast.training.default_model.student import Student
 from mmfast.training.default_model.world import LABELS, PATCHES, Episode, clip, generator, picture
@@ -42,6 +44,18 @@ def test_labels_say_what_the_scene_holds() -> None:
     assert int(episode.labels["centre"].sum()) <= centres
     read = episode.labels["character"][episode.labels["centre"].bool()]
     assert int((read > 0).sum()) == sum(len(item.text) for item in episode.scenes[0].texts)
+
+
+@torch.no_grad()
+def test_the_place_loss_asks_for_the_words_of_the_place(student: Student) -> None:
+    episode = picture(generator(5), pixels=False)
+    visual = student.symbols(episode.labels, student.language.embed_tokens.weight)
+    right = student.place_loss(visual, episode.labels)
+    # Upside down: what says "top" lies at the bottom.
+    turned = {**episode.labels, "row": episode.labels["row"].flip(1)}
+    assert float(student.place_loss(visual, turned)) > float(right) + 0.1
+    nothing = {name: torch.zeros_like(values) for name, values in episode.labels.items()}
+    assert float(student.place_loss(visual, nothing)) == 0.0
 
 
 def test_training_draws_the_same_again() -> None:
@@ -126,6 +140,17 @@ def test_every_stage_learns_resumes_and_hands_on(tmp_path: Path, monkeypatch: py
     model, _ = load_pretrained(str(tmp_path / "model"))
     assert model.config.text_config.num_hidden_layers == 2
     assert (tmp_path / "model" / "TRAINING.json").is_file()
+
+
+def test_calibrations_are_plans_for_the_embedded_model(tmp_path: Path) -> None:
+    paths = write_calibrations(tmp_path, prompts=1)
+    assert sorted(path.stem for path in paths) == sorted(PLANS)
+    model, _ = mmfast.load_default()
+    for path in paths:
+        with mmfast.accelerate(model, str(path)) as fast:
+            # Fitted: no longer what the plan said before it saw the model.
+            assert path.stem in fast.report().plan
+            assert fast.report().plan != mmfast.Plan.parse(PLANS[path.stem]).to_text()
 
 
 @pytest.mark.parametrize("part", recipe.PARTS, ids=lambda part: part.name)

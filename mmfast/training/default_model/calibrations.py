@@ -16,7 +16,7 @@ PLANS = {"vtw": "vtw()", "shortv": "shortv()", "fitprune": "fitprune(keep=0.4)"}
 PROMPTS = 24
 
 
-def calibrate(folder: Path, prompts: int = PROMPTS) -> list[Path]:
+def write_calibrations(folder: Path, prompts: int = PROMPTS) -> list[Path]:
     """Fit every plan on questions of the training split.
 
     Args:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"questions to fit on (default {PROMPTS})")
     options = parser.parse_args(argv)
-    calibrate(options.out, options.prompts)
+    write_calibrations(options.out, options.prompts)
     return 0
 
 
