@@ -19,7 +19,7 @@ from mmfast.eval.lmms_arguments import cut, generation_options, read_arguments
 from mmfast.eval.loading import Prompt, batches, prepare_prompts
 from mmfast.eval.task import Sample
 from mmfast.media import kind_of
-from mmfast.zoo import EMBEDDED
+from mmfast.zoo import EMBEDDED, is_embedded
 
 try:
     from accelerate import Accelerator
@@ -78,8 +78,8 @@ class LmmsModel(lmms):  # type: ignore[misc]
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self.device = self.accelerator.device if device is None or self._world_size > 1 else torch.device(device)
-        if pretrained == EMBEDDED:
-            self.model, self.processor = mmfast.load_default(device=self.device, dtype=dtype or "float32")
+        if is_embedded(pretrained):
+            self.model, self.processor = mmfast.load_default(pretrained, device=self.device, dtype=dtype or "float32")
         else:
             self.model, self.processor = load_pretrained(
                 pretrained,

@@ -22,7 +22,7 @@ from mmfast.eval.loading import Prompt, batches, error_text, prepare_prompts, se
 from mmfast.eval.records import Header, Record, plain_text
 from mmfast.eval.task import Sample, Task
 from mmfast.measure import timed_generate
-from mmfast.zoo import EMBEDDED, default_path
+from mmfast.zoo import embedded_name
 
 WARMUP = 3
 """Runs of each plan before the first that is timed."""
@@ -84,7 +84,7 @@ class Runner:
         self.processor = processor
         source = Path(str(getattr(model.config, "_name_or_path", "")))
         # Of a folder only its name: where it lies differs between the machines of one evaluation.
-        self.name = name or (EMBEDDED if source == default_path() else source.name) or type(model).__name__
+        self.name = name or embedded_name(source) or source.name or type(model).__name__
         self.batch = batch
         self.max_new_tokens = max_new_tokens
         self.frames = frames

@@ -61,7 +61,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add which model, where and in which floating type."""
-    parser.add_argument("--model", metavar="ID_OR_PATH", help="hub id or folder; without it the embedded demo model")
+    told = "hub id, folder or embedded-voco; without it the embedded demo model"
+    parser.add_argument("--model", metavar="ID_OR_PATH", help=told)
     parser.add_argument("--device", help="where to run, for example cuda:1; default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=_DTYPES, help="floating type; default: as stored, but no float16 on a CPU")
 
@@ -138,10 +139,12 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Any, 
     """Load the chosen model, or the embedded one, with its processor."""
     import mmfast
     from mmfast.adapters import load_pretrained
+    from mmfast.zoo import EMBEDDED, is_embedded
 
-    if options.model is None:
+    name = options.model or EMBEDDED
+    if is_embedded(name):
         dtype = options.dtype if options.dtype not in (None, "auto") else "float32"
-        return mmfast.load_default(device=device, dtype=dtype)
+        return mmfast.load_default(name, device=device, dtype=dtype)
     return load_pretrained(options.model, device=device, dtype=options.dtype, progress=sys.stderr.isatty())
 
 

@@ -18,7 +18,7 @@ from mmfast.training.objective import Objective
 from mmfast.training.projectors import Projectors
 from mmfast.training.settings import Settings
 from mmfast.training.supervised import Supervised
-from mmfast.zoo import EMBEDDED
+from mmfast.zoo import EMBEDDED, is_embedded
 
 _SECTIONS = ("model", "data", "objective", "settings")
 
@@ -106,8 +106,8 @@ class Recipe:
         import mmfast
         from mmfast.adapters import load_pretrained
 
-        if self.model == EMBEDDED:
-            model, processor = mmfast.load_default(dtype="float32")
+        if is_embedded(self.model):
+            model, processor = mmfast.load_default(self.model)
         else:
             model, processor = load_pretrained(self.model)
         return OBJECTIVES[self.kind](model, processor, self.source(), self.options)

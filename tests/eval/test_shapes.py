@@ -297,7 +297,7 @@ def test_direction_is_the_way_an_object_goes() -> None:
 
 def test_clip_records_and_size() -> None:
     records = list(Shapes(num_frames=3, num_questions=7))
-    assert Counter(record.family for record in records) == {"color": 3, "shape": 2, "size": 2}
+    assert Counter(record.family for record in records) == {"exist": 2, "color": 2, "shape": 2, "size": 1}
     assert all(len(record.frames) == 3 and record.owners.shape == (3, 16, 16) for record in records)
     clip = render_clip(1, 2, size=96)
     assert [frame.size for frame in clip.frames] == [(96, 96)] * 2

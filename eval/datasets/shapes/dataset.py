@@ -16,7 +16,6 @@ from mmfast.eval.datasets.shapes.video import CLIP_FAMILIES, MOTION_FAMILIES, re
 SPLITS: tuple[str, ...] = ("train", "heldout", "test")
 
 _PATIENCE = 200
-_CLIP_DEFAULT = ("color", "shape", "size")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Shapes:
         seed: which data set.
         families: the question families, each given the same number of questions (one more for the first
             ones where the number does not divide). None takes what the embedded model answers best:
-            :data:`CORE_FAMILIES` for pictures; color, shape and size for clips.
+            :data:`CORE_FAMILIES` for pictures, :data:`CLIP_FAMILIES` for clips.
         num_questions: how many records.
         num_frames: 1 for pictures, more for clips.
 
@@ -84,7 +83,7 @@ class Shapes:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         known = FAMILIES if self.num_frames == 1 else CLIP_FAMILIES + MOTION_FAMILIES
-        default = CORE_FAMILIES if self.num_frames == 1 else _CLIP_DEFAULT
+        default = CORE_FAMILIES if self.num_frames == 1 else CLIP_FAMILIES
         families = tuple(default if self.families is None else self.families)
         check_families(families, known)
         object.__setattr__(self, "families", families)

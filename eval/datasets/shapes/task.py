@@ -84,7 +84,7 @@ class ShapesVideo(_ShapesTask):
     Args:
         split: as for pictures.
         seed: which data set.
-        families: question families of clips; None takes color, shape and size.
+        families: question families of clips; None takes exist, color, shape and size.
         num_questions: how many questions.
         num_frames: frames of each clip, at least 2; the embedded model copes with four at most.
 
@@ -94,7 +94,7 @@ class ShapesVideo(_ShapesTask):
     Example:
         >>> sample = next(ShapesVideo(num_questions=1).samples())
         >>> len(sample.frames), sample.category
-        (4, 'color')
+        (4, 'exist')
     """
 
     name: ClassVar[str] = "shapes-video"
