@@ -23,6 +23,7 @@ class _Prompt:
     content: list[dict[str, str]]
     images: list[Image.Image]
     videos: list[NDArray[np.uint8]]
+    fps: float
 
 
 def prepare(
@@ -31,7 +32,7 @@ def prepare(
     images: Any = None,
     video_frames: Any = None,
     *,
-    fps: float = 1.0,
+    fps: float | Sequence[float] = 1.0,
     frames_as_images: bool | None = None,
     num_compressed: int | None = None,
     device: torch.device | str | None = None,
@@ -46,7 +47,8 @@ def prepare(
             Images are PIL or uint8 ``[H, W, 3]``.
         video_frames: for one question the frames of one clip, a sequence of images or uint8 ``[T, H, W, 3]``;
             for several, one such entry (or None) each. All frames of a clip have the same size.
-        fps: how many of these frames show one second; models that know of time are told.
+        fps: how many of these frames show one second, one number or one for each question; models that know of
+            time are told.
         frames_as_images: give frames as images, each after the text ``frame 3:``, instead of as a video.
             None does so where the processor has no slot for video, and where each frame gets compression tokens.
         num_compressed: how many compression tokens stand behind each image or video, for processors that have them
@@ -59,8 +61,8 @@ def prepare(
 
     Raises:
         ValueError: if there is no question, the numbers of questions and images differ, a question contains a
-            placeholder of the processor, a picture is malformed, a video cannot be given as one, or compression
-            tokens are asked for that the processor does not have.
+            placeholder of the processor, a rate is not positive, a picture is malformed, a video cannot be given as
+            one, or compression tokens are asked for that the processor does not have.
         TypeError: for images of another type.
 
     Example:
@@ -80,17 +82,15 @@ def prepare(
         raise ValueError(
             f"frames_as_images=False needs a processor with a slot for video, which {type(processor).__name__} lacks."
         )
-    if not fps > 0:
-        raise ValueError(f"fps must be positive, got {fps}.")
     prompts = [
-        _prompt(processor, text, shown, frames, frames_as_images)
-        for text, shown, frames in zip(questions, batches, clips, strict=True)
+        _prompt(processor, text, shown, frames, rate, frames_as_images)
+        for text, shown, frames, rate in zip(questions, batches, clips, _rates(fps, len(questions)), strict=True)
     ]
     texts = [_render(processor, prompt.content) for prompt in prompts]
     if compression is not None:
         counts = [len(prompt.images) + len(prompt.videos) for prompt in prompts]
         texts = [_marked(processor, text, compression, count) for text, count in zip(texts, counts, strict=True)]
-    inputs = processor(text=texts, **_media(prompts, fps), **_text_options(processor, texts))
+    inputs = processor(text=texts, **_media(prompts), **_text_options(processor, texts))
     place = "cpu" if device is None else device
     return inputs.to(place) if dtype is None else inputs.to(place, dtype=dtype)
 
@@ -114,7 +114,17 @@ def _batch(question: str | Sequence[str], images: Any, clips: Any) -> tuple[list
     return questions, columns[0], columns[1]
 
 
-def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_images: bool) -> _Prompt:
+def _rates(fps: float | Sequence[float], count: int) -> list[float]:
+    """Return the rate of each question's clip."""
+    rates = list(fps) if isinstance(fps, Sequence) else [fps] * count
+    if len(rates) != count:
+        raise ValueError(f"fps must be one number or one for each of the {count} questions, got {len(rates)}.")
+    if wrong := [rate for rate in rates if not rate > 0]:
+        raise ValueError(f"fps must be positive, got {wrong[0]}.")
+    return rates
+
+
+def _prompt(processor: Any, question: str, images: Any, frames: Any, fps: float, frames_as_images: bool) -> _Prompt:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a text that is not empty, got {question!r}.")
     known = compression_tokens(processor)
@@ -145,7 +155,7 @@ def _prompt(processor: Any, question: str, images: Any, frames: Any, frames_as_i
             videos.append(np.stack([np.asarray(shot) for shot in shots]))
             content.append(_VIDEO)
     content.append({"type": "text", "text": question})
-    return _Prompt(content, pictures, videos)
+    return _Prompt(content, pictures, videos, fps)
 
 
 def _listed(pictures: Any) -> list[Any]:
@@ -211,26 +221,26 @@ def _marked(processor: Any, text: str, compression: CompressionTokens, media: in
     return text
 
 
-def _media(prompts: Sequence[_Prompt], fps: float) -> dict[str, Any]:
+def _media(prompts: Sequence[_Prompt]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if any(prompt.images for prompt in prompts):
         images = [prompt.images for prompt in prompts]
         # Processors that cut images into tiles need to know which prompt an image belongs to. A prompt
         # without images stands in no processor's list, and the flat list serves those that mix.
         found["images"] = images if all(images) else [image for entry in images for image in entry]
-    videos = [video for prompt in prompts for video in prompt.videos]
-    if videos:
-        found["videos"] = videos
+    clips = [(video, prompt.fps) for prompt in prompts for video in prompt.videos]
+    if clips:
+        found["videos"] = [video for video, _ in clips]
         # The frames were chosen by the caller; some processors would sample among them again.
         found["do_sample_frames"] = False
         found["video_metadata"] = [
             {
                 "total_num_frames": len(video),
-                "fps": fps,
-                "duration": len(video) / fps,
+                "fps": rate,
+                "duration": len(video) / rate,
                 "frames_indices": list(range(len(video))),
             }
-            for video in videos
+            for video, rate in clips
         ]
     return found
 

@@ -92,7 +92,7 @@ def evaluate_on_ray(
         batch: questions answered at once; only batches of one are timed.
         max_new_tokens: tokens an answer may have; None leaves it to the task.
         frames: frames taken from a video file.
-        name: what the results call the model; None takes the last part of where it came from.
+        name: what the results call the model; None takes what :class:`Runner` calls it.
         retry_failed: ask questions again that failed in an earlier run.
         progress: called after every answer; True shows a bar.
 

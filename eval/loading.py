@@ -156,14 +156,12 @@ def _inputs(processor: Any, samples: Sequence[Sample], frames: int, device: torc
     from mmfast.adapters import prepare
 
     clips = [_clip(sample, frames) for sample in samples]
-    # Processors take one rate for a batch; clips of different rates differ by less than their sampling does.
-    rate = clips[0][1]
     return prepare(
         processor,
         [sample.question for sample in samples],
         [[_image(image) for image in sample.images] or None for sample in samples],
         [shown or None for shown, _ in clips],
-        fps=rate,
+        fps=[rate for _, rate in clips],
         device=device,
         dtype=dtype,
     )
@@ -176,6 +174,6 @@ def _image(image: Image.Image | Path) -> Image.Image:
 def _clip(sample: Sample, frames: int) -> tuple[list[Image.Image], float]:
     """Return the frames a sample shows, and how many of them show one second."""
     if sample.video is None:
-        return list(sample.frames), 1.0
+        return [_image(frame) for frame in sample.frames], sample.frames_per_second
     video = read_video(sample.video, num_frames=frames, start=sample.start, end=sample.end)
     return video.images(), video.rate

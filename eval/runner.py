@@ -51,7 +51,8 @@ class Runner:
     Args:
         model: an unmodified vision-language model.
         processor: its processor.
-        name: what the results call it; None takes the last part of where it came from, or ``"embedded"``.
+        name: what the results call it; None takes the name of an embedded model, or the last part of where it
+            came from.
         batch: questions answered at once; only batches of one are timed.
         max_new_tokens: tokens an answer may have; None leaves it to the task.
         frames: frames taken from a video file.

@@ -135,7 +135,7 @@ def cluster_bootstrap(
 
 
 def bootstrap_of(
-    figure: Callable[[Sequence[int]], float],
+    figure: Callable[[Sequence[Sequence[int]]], float],
     n: int,
     clusters: Sequence[Hashable] | None = None,
     *,
@@ -145,7 +145,7 @@ def bootstrap_of(
     """Return the interval of any figure of a set of samples, for metrics that are no mean.
 
     Args:
-        figure: from the numbers of the samples drawn, repetitions among them, to the figure.
+        figure: from the numbers of the samples in each cluster drawn, repetitions among them, to the figure.
         n: how many samples there are.
         clusters: what each sample belongs to; None takes every sample for itself.
         resamples: how often to draw.
@@ -153,7 +153,7 @@ def bootstrap_of(
 
     Example:
         >>> scores = [0.0, 1.0, 1.0, 1.0]
-        >>> bootstrap_of(lambda drawn: max(scores[i] for i in drawn), 4).high
+        >>> bootstrap_of(lambda drawn: max(scores[i] for cluster in drawn for i in cluster), 4).high
         1.0
     """
     members = _members(range(n) if clusters is None else clusters)
@@ -161,7 +161,7 @@ def bootstrap_of(
     found = []
     for _ in range(resamples):
         drawn = rng.integers(len(members), size=len(members))
-        found.append(figure([index for cluster in drawn for index in members[cluster]]))
+        found.append(figure([members[cluster] for cluster in drawn]))
     low, high = np.percentile(found, [2.5, 97.5])
     return Interval(float(low), float(high), "bootstrap" if clusters is None else "cluster bootstrap")
 

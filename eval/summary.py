@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, quantiles
@@ -169,8 +169,17 @@ class _Entry:
             return interval_of(scores, clusters).scaled(100)
         runs = [{record.question_id: record for record in run.records} for run in self.runs]
 
-        def figure(drawn: Sequence[int]) -> float:
-            picked = [[run[names[i]] for i in drawn if names[i] in run] for run in runs]
+        def figure(drawn: Sequence[Sequence[int]]) -> float:
+            # A cluster drawn twice is two: tasks that judge whole clusters would take both for one.
+            picked = [
+                [
+                    replace(run[names[i]], cluster=f"{run[names[i]].cluster}#{turn}")
+                    for turn, members in enumerate(drawn)
+                    for i in members
+                    if names[i] in run
+                ]
+                for run in runs
+            ]
             return fmean(_headline(self.task, records) for records in picked if records)
 
         return bootstrap_of(figure, len(names), clusters)
@@ -203,7 +212,11 @@ def summarize(paths: Iterable[Path], *, tasks: Sequence[Task] = ()) -> Table:
             rows.append(_row(entry, full, next((matched[name] for name in DOWNSAMPLING if name in matched), None)))
             if not entry.baseline:
                 others = [*([full] if full else []), *matched.values()]
-                comparisons += [_versus(entry, other) for other in others]
+                for other in others:
+                    if entry.scores.keys() & other.scores.keys():
+                        comparisons.append(_versus(entry, other))
+                    else:
+                        notes.append(f"{entry.header.task}: {entry.plan} and {other.plan} share no question")
                 for other in matched.values():
                     if _apart(entry, other):
                         apart.setdefault(other.plan, []).append(entry)

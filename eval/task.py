@@ -23,7 +23,8 @@ class Sample:
         question: the whole text put to the model, with the prompt tail that the data set asks for.
         answers: accepted answers, in the data set's own form; several where people disagreed.
         images: pictures, opened or as files, in the order in which the prompt shows them.
-        frames: frames of a clip that is already decoded.
+        frames: frames of a clip that is no video file, opened or as files.
+        frames_per_second: how many of these frames show one second.
         video: a video file, read only when the question is asked.
         start: where in the video the question looks, in seconds.
         end: where it stops looking; None for the end of the file.
@@ -37,7 +38,8 @@ class Sample:
     question: str
     answers: tuple[str, ...]
     images: tuple[Image.Image | Path, ...] = ()
-    frames: tuple[Image.Image, ...] = ()
+    frames: tuple[Image.Image | Path, ...] = ()
+    frames_per_second: float = 1.0
     video: Path | None = None
     start: float = 0.0
     end: float | None = None

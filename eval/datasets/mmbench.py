@@ -58,6 +58,8 @@ class MmBench(ChoiceTask):
         """
         super().__post_init__()
         one_of("language", self.language, _LANGUAGES)
+        if not self.circular:
+            object.__setattr__(self, "chance", 25.0)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the questions; ``limit`` counts them, not their rotations.

@@ -15,6 +15,7 @@ from mmfast.eval.metrics.yes_no import MME_COGNITION, MME_PERCEPTION, mme_label,
 from mmfast.eval.task import Media, Outcome, Sample, Scored
 
 _GROUPS = {"all": MME_PERCEPTION + MME_COGNITION, "perception": MME_PERCEPTION, "cognition": MME_COGNITION}
+_GUESSED = 75.0  # half of the answers and a quarter of the pairs of an ability
 _OFFICIAL_TAIL = " Please answer yes or no."
 _IMAGES = (".jpg", ".png", ".jpeg")
 
@@ -24,7 +25,7 @@ class Mme(LocalTask):
     """MME (Fu et al., 2023): 2,374 questions.
 
     The headline is perception, of 2000, which is what papers call "MME"; some print the sum with cognition, of
-    2800, which is ``total`` here.
+    2800, which is ``total`` here. Where only abilities of cognition are asked about, cognition is the headline.
 
     Args:
         root: the folder.
@@ -35,8 +36,7 @@ class Mme(LocalTask):
     name: ClassVar[str] = "mme"
     media: ClassVar[Media] = "image"
     metric: ClassVar[str] = "perception"
-    # Half of the answers, and a quarter of the pairs, in each of ten abilities.
-    chance: ClassVar[float] = 750.0
+    chance: ClassVar[float] = 10 * _GUESSED
     paper: ClassVar[str] = "arXiv:2306.13394"
     splits: ClassVar[tuple[str, ...]] = (*_GROUPS, *_GROUPS["all"])
     source: ClassVar[str] = "MME_Benchmark_release_version (BradyFU/Awesome-Multimodal-Large-Language-Models)"
@@ -47,6 +47,18 @@ class Mme(LocalTask):
     export: ClassVar[str] = "lmms-lab/MME"
 
     split: str = "all"
+
+    def __post_init__(self) -> None:
+        """Choose the headline.
+
+        Raises:
+            ValueError: naming the option, its value and what is legal.
+        """
+        super().__post_init__()
+        abilities = set(_GROUPS.get(self.split, (self.split,)))
+        perception = abilities & set(MME_PERCEPTION)
+        object.__setattr__(self, "metric", "perception" if perception else "cognition")
+        object.__setattr__(self, "chance", _GUESSED * len(perception or abilities))
 
     def read(self) -> Iterator[Sample]:
         """Yield all questions, ability by ability."""
@@ -106,4 +118,5 @@ class Mme(LocalTask):
         if not outcomes:
             return {}
         right = ((one.sample.category, one.sample.cluster, one.scored.score == 1.0) for one in outcomes)
-        return dict(mme_scores(right))
+        scores = mme_scores(right)
+        return {self.metric: scores[self.metric], **scores}

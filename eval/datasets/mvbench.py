@@ -11,7 +11,6 @@ from mmfast.eval.datasets.files import Row, json_rows
 from mmfast.eval.datasets.local import ChoiceTask, mean_over_kinds
 from mmfast.eval.metrics.choice import letters_of
 from mmfast.eval.task import Media, Outcome, Sample
-from mmfast.media import load_image
 
 _FRAMES_PER_SECOND = 3  # of the clips that are published as pictures
 
@@ -93,7 +92,7 @@ class MvBench(ChoiceTask):
         choices = tuple(choice.strip() for choice in row.texts("candidates"))
         answer = letters_of(choices, row.place)[choices.index(row.choice("answer", choices))]
         places = [f"video/{place}/{name}" for place in _PLACES[ability]]
-        pictures = self._pictures(row, places, start, end)
+        pictures, rate = self._pictures(row, places, start, end)
         video = None if pictures else row.file(self.folder(), *places)
         # What was cut out already starts at 0.
         cut = video is None or "segment" in video.parent.name
@@ -101,7 +100,8 @@ class MvBench(ChoiceTask):
             sample_id=f"{ability}/{number}",
             question=option_question(row.text("question"), choices),
             answers=(answer,),
-            frames=tuple(load_image(path) for path in pictures),
+            frames=tuple(pictures),
+            frames_per_second=rate,
             video=video,
             start=0.0 if cut or start is None else start,
             end=None if cut else end,
@@ -110,18 +110,21 @@ class MvBench(ChoiceTask):
             cluster=name,
         )
 
-    def _pictures(self, row: Row, places: Sequence[str], start: float | None, end: float | None) -> list[Path]:
-        """Choose pictures of a clip that is a folder of them; none if it is not."""
+    def _pictures(
+        self, row: Row, places: Sequence[str], start: float | None, end: float | None
+    ) -> tuple[list[Path], float]:
+        """Choose pictures of a clip that is a folder of them, and say how many show a second; none if it is not."""
         folder = next((path for place in places if (path := row.inside(self.folder(), place)).is_dir()), None)
         if folder is None:
-            return []
+            return [], 1.0
         found = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
         if not found:
             raise FileNotFoundError(f"{folder}: there are no pictures in this folder")
         first = min(int((start or 0.0) * _FRAMES_PER_SECOND), len(found) - 1)
         last = len(found) if end is None else min(max(int(end * _FRAMES_PER_SECOND), first + 1), len(found))
         step = max((last - first) / self.frames, 1.0)
-        return [found[int(first + step * (number + 0.5))] for number in range(int((last - first) / step))]
+        chosen = [found[int(first + step * (number + 0.5))] for number in range(int((last - first) / step))]
+        return chosen, _FRAMES_PER_SECOND / step
 
     def summary(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Report the mean over abilities, the plain mean, and each ability."""

@@ -102,6 +102,8 @@ def test_video_slot_is_used() -> None:
         {"total_num_frames": 3, "fps": 2.0, "duration": 1.5, "frames_indices": [0, 1, 2]}
     ]
     assert [len(images) for images in recorder.call["images"]] == [1]
+    prepare(recorder, ["q?", "r?"], video_frames=[[RED] * 2, [RED] * 2], fps=[2.0, 0.5])
+    assert [video["duration"] for video in recorder.call["video_metadata"]] == [1.0, 4.0]
     prepare(recorder, "q?", video_frames=[RED] * 2, frames_as_images=True)
     assert "videos" not in recorder.call
     assert [part.get("text", "*") for part in recorder.content] == ["frame 1:", "*", "frame 2:", "*", "q?"]
@@ -136,6 +138,7 @@ def test_base_model_without_template() -> None:
         ({"question": "a", "images": np.zeros((3, 4, 4), np.uint8)}, r"uint8 \[H, W, 3\], got uint8 \[3, 4, 4\]"),
         ({"question": "a", "images": np.zeros((0, 4, 3), np.uint8)}, r"got uint8 \[0, 4, 3\]"),
         ({"question": "a", "images": RED, "fps": 0.0}, "fps must be positive, got 0.0"),
+        ({"question": ["a", "b"], "fps": [1.0]}, "one number or one for each of the 2 questions, got 1"),
         ({"question": "a", "video_frames": [RED], "frames_as_images": False}, "slot for video, which LlavaProcessor"),
     ],
 )

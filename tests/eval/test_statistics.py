@@ -68,7 +68,10 @@ def test_cluster_bootstrap_draws_whole_clusters_by_their_size() -> None:
     found = cluster_bootstrap([1, 1, 0, 1, 1, 0], list("aabccd"), resamples=20_000)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
     drawn = bootstrap_of(
-        lambda picked: float(np.mean([[1, 1, 0, 1, 1, 0][i] for i in picked])), 6, list("aabccd"), resamples=4_000
+        lambda picked: float(np.mean([[1, 1, 0, 1, 1, 0][i] for members in picked for i in members])),
+        6,
+        list("aabccd"),
+        resamples=4_000,
     )
     assert (drawn.low, drawn.high) == pytest.approx((low, high), abs=1e-9)
 

@@ -147,8 +147,17 @@ class TestMme:
             "code_reasoning/0002/2": "I cannot tell",
         }
         figures = answered(task("mme", root, split="code_reasoning"), given)
-        # 3 of 4 answers and 1 of 2 pairs.
+        # 3 of 4 answers and 1 of 2 pairs; the headline is that of the abilities asked about.
+        assert next(iter(figures)) == "cognition"
         assert figures == {"perception": 0, "cognition": 125.0, "total": 125.0, "code_reasoning": 125.0}
+
+    @pytest.mark.parametrize(
+        ("split", "metric", "chance"),
+        [("all", "perception", 750), ("cognition", "cognition", 300), ("OCR", "perception", 75)],
+    )
+    def test_headline_and_chance_follow_the_split(self, split: str, metric: str, chance: float) -> None:
+        asked = task("mme", "mme", split=split)
+        assert (asked.metric, asked.chance) == (metric, chance)
 
     def test_a_missing_ability_is_not_left_out(self, lay_out: LayOut) -> None:
         root = lay_out("mme", "existence/images/000000006040.jpg")
@@ -212,6 +221,7 @@ class TestMmBench:
     def test_each_once(self, lay_out: LayOut) -> None:
         asked = task("mmbench", lay_out("mmbench"), circular=False)
         assert answered(asked, {"3": "A"})["accuracy"] == 50.0
+        assert (asked.chance, task("mmbench", "mmbench").chance) == (25.0, 0.4)
 
     def test_bad_answer(self, lay_out: LayOut) -> None:
         root = lay_out("mmbench")

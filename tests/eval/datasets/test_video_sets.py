@@ -161,9 +161,16 @@ class TestMvBench:
         root = self.lay(lay_out)
         (sample,) = task("mvbench", root, split="episodic_reasoning").samples()
         # Three a second from second 1 to 3.
-        assert (sample.video, len(sample.frames)) == (None, 6)
+        assert (sample.video, len(sample.frames), sample.frames_per_second) == (None, 6, 3.0)
         (fewer,) = task("mvbench", root, split="episodic_reasoning", frames=4).samples()
-        assert len(fewer.frames) == 4
+        assert (len(fewer.frames), fewer.frames_per_second) == (4, 2.0)
+
+    def test_pictures_are_read_only_when_asked_about(self, lay_out: LayOut) -> None:
+        root = self.lay(lay_out)
+        for picture in (root / "video/tvqa/frames_fps3_hq/castle_s01").iterdir():
+            picture.write_bytes(b"no picture")
+        (sample,) = task("mvbench", root, split="episodic_reasoning").samples()
+        assert len(sample.frames) == 6
 
     def test_folders_of_pictures_outside_are_refused(self, lay_out: LayOut) -> None:
         root = self.lay(lay_out)
