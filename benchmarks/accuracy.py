@@ -32,6 +32,7 @@ from rich.table import Table
 import mmfast
 from mmfast.adapters import prepare
 from mmfast.eval.datasets.shapes import Record, Shapes, score
+from mmfast.eval.runner import fingerprint
 
 KEEPS = (0.5, 0.25, 0.1, 0.05)
 SEEDED = {
@@ -91,6 +92,18 @@ def cell(model: Any, processor: Any, records: list[Record], info: mmfast.MethodI
         "families": {f: sum(run["families"][f] for run in runs) / len(runs) for f in runs[0]["families"]},
         "plans": [run["plan"] for run in runs],
     }
+
+
+def claim(content: dict[str, Any], model: Any, questions: int, path: Path) -> None:
+    """Write into results which weights and how many questions they are of.
+
+    Raises:
+        SystemExit: if they are of others, for both would stand in one table.
+    """
+    own = {"weights": fingerprint(model), "questions": questions}
+    for name, value in own.items():
+        if content.setdefault(name, value) != value:
+            raise SystemExit(f"{path} holds results of {name} {content[name]}, not {value}; pass another --out")
 
 
 def half_width(share: float, answers: int) -> float:
@@ -178,11 +191,8 @@ def main() -> int:
         and info.kind != "Compressor"
         and (not options.methods or info.name in SEEDED or info.name in options.methods)
     ]
-    content: dict[str, Any] = {"questions": len(records), "methods": {}}
-    if options.out.exists():
-        content = json.loads(options.out.read_text())
-        if content["questions"] != len(records):
-            parser.error(f"{options.out} holds results of {content['questions']} questions; pass another --out")
+    content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"methods": {}}
+    claim(content, model, len(records), options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if "full" not in content:
         content["full"] = accuracy(model, processor, records, "full", options.batch)

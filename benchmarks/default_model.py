@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accuracy import half_width
+from accuracy import claim, half_width
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -140,6 +140,7 @@ def main() -> int:
         model, processor = load_pretrained(options.model, dtype="float32", progress=False)
     content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     measured = content.setdefault("measured", {})
+    claim(content, model, options.questions, options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     todo = parts(model, processor, options.questions)
     chosen = [n for n in todo if n not in measured and (not options.only or n.startswith(tuple(options.only)))]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import accuracy, half_width
+from accuracy import accuracy, claim, half_width
 from speed import machine
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -247,13 +247,14 @@ def main() -> None:
     if options.command == "time":
         content["time"] = measure_steps(options.plan, options.repeats)
     else:
+        claim(content, mmfast.load_default()[0], options.questions, options.out)
         run = {"curves": run_curve, "untrained": run_untrained}.get(options.command, run_gates)
         name = "gates" if options.command in ("untrained", "model") else options.command
         run(options, content.setdefault(name, {}))
     # Others may have written meanwhile: what they found stays.
     latest = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for name, found in content.items():
-        latest[name] = {**latest.get(name, {}), **found}
+        latest[name] = {**latest.get(name, {}), **found} if isinstance(found, dict) else found
     latest["machine"] = machine(torch.device("cpu"))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(latest, indent=1) + "\n")
