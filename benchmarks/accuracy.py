@@ -94,14 +94,13 @@ def cell(model: Any, processor: Any, records: list[Record], info: mmfast.MethodI
     }
 
 
-def claim(content: dict[str, Any], model: Any, questions: int, path: Path) -> None:
-    """Write into results which weights and how many questions they are of.
+def claim(content: dict[str, Any], model: Any, path: Path, **told: int) -> None:
+    """Write into results which weights they are of, and what else must not change.
 
     Raises:
         SystemExit: if they are of others, for both would stand in one table.
     """
-    own = {"weights": fingerprint(model), "questions": questions}
-    for name, value in own.items():
+    for name, value in {"weights": fingerprint(model), **told}.items():
         if content.setdefault(name, value) != value:
             raise SystemExit(f"{path} holds results of {name} {content[name]}, not {value}; pass another --out")
 
@@ -192,7 +191,7 @@ def main() -> int:
         and (not options.methods or info.name in SEEDED or info.name in options.methods)
     ]
     content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"methods": {}}
-    claim(content, model, len(records), options.out)
+    claim(content, model, options.out, questions=len(records))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if "full" not in content:
         content["full"] = accuracy(model, processor, records, "full", options.batch)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from accuracy import claim
 
 import mmfast
 from mmfast.adapters import prepare
@@ -104,6 +105,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = mmfast.load_default(dtype="float32")
+    content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    claim(content, model, options.out)
     objective, row = None, {}
     if options.variant != "pool2d":
         objective, row["training"] = learn(options.variant, model, processor, options.steps, options.seed)
@@ -114,7 +117,6 @@ def main() -> None:
         str(count): accuracy(model, processor, records, method)
         for count, method in methods_of(options.variant, objective).items()
     }
-    content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     content["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     content["machine"] = f"{platform.machine()}, one thread beside other work"
     content.setdefault("variants", {})[options.variant] = row

@@ -140,7 +140,7 @@ def main() -> int:
         model, processor = load_pretrained(options.model, dtype="float32", progress=False)
     content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     measured = content.setdefault("measured", {})
-    claim(content, model, options.questions, options.out)
+    claim(content, model, options.out, each=options.questions)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     todo = parts(model, processor, options.questions)
     chosen = [n for n in todo if n not in measured and (not options.only or n.startswith(tuple(options.only)))]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from accuracy import claim
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -236,9 +238,12 @@ def drafter_row(
     return row
 
 
-def embedded_rows(repeats: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def embedded_rows(
+    content: dict[str, Any], out: Path, repeats: int
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every drafter on the embedded model."""
     model, processor = mmfast.load_default()
+    claim(content, model, out)
     records = list(Shapes(split="test", num_questions=QUESTIONS, seed=3))
     prompts = [
         dict(processor(text=f"<image>\n{record.question}", images=record.image, return_tensors="pt"))
@@ -325,8 +330,9 @@ def main() -> int:
     if "speed" in parts:
         rows += [("speed", name, run) for name, run in speed_rows(options.repeats)]
     if "drafters" in parts:
-        for each in (embedded_rows, family_rows):
-            rows += [("drafters", name, run) for name, run in each(max(3, options.repeats - 2))]
+        repeats = max(3, options.repeats - 2)
+        found = itertools.chain(embedded_rows(content, options.out, repeats), family_rows(repeats))
+        rows += [("drafters", name, run) for name, run in found]
     for part, name, run in track(rows, description="drafting", console=Console(stderr=True)):
         done = content.setdefault(part, {})
         if name not in done:

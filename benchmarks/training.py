@@ -247,7 +247,7 @@ def main() -> None:
     if options.command == "time":
         content["time"] = measure_steps(options.plan, options.repeats)
     else:
-        claim(content, mmfast.load_default()[0], options.questions, options.out)
+        claim(content, mmfast.load_default()[0], options.out, questions=options.questions)
         run = {"curves": run_curve, "untrained": run_untrained}.get(options.command, run_gates)
         name = "gates" if options.command in ("untrained", "model") else options.command
         run(options, content.setdefault(name, {}))

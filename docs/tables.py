@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import mmfast
+from mmfast.eval.runner import fingerprint
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,3 +24,15 @@ def latest(pattern: str) -> dict[str, Any]:
     """Read the newest committed result file (their names end in a date)."""
     content: dict[str, Any] = json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
     return content
+
+
+def model_note(result: dict[str, Any]) -> str:
+    """Say where figures of the demo model were taken on other weights than the package holds."""
+    if result.get("weights") == _weights():
+        return ""
+    return " **Measured on the demo model before the present one** (four decoder layers, 2.2 million parameters)."
+
+
+@cache
+def _weights() -> str:
+    return fingerprint(mmfast.load_default()[0])

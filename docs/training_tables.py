@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import latest, table
+from tables import latest, model_note, table
 
 CORE = ("exist", "color", "shape", "size", "where", "read")
 
@@ -30,7 +30,7 @@ def _voco_text() -> str:
         f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
         f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
         f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
-        f"untouched model, `ce` does not.\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
+        f"untouched model, `ce` does not.{model_note(result)}\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
     )
 
 
@@ -56,7 +56,7 @@ def _gates_text() -> str:
     return (
         "**Learned gates** against methods that need no training, exact match on held-out questions of six kinds; "
         "`trained=plan` leaves the model as it is, by `python benchmarks/training.py`. Rows with as many tokens per "
-        f"layer are to be compared.\n\n{table(rows)}"
+        f"layer are to be compared.{model_note(result)}\n\n{table(rows)}"
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tables import ROOT, latest, table
+from tables import ROOT, latest, model_note, table
 from training_tables import card_pictures, card_retention, trained_text
 
 import mmfast
@@ -112,13 +112,13 @@ def accuracy_text() -> str:
         f"mean of three seeds; {result['date']}), made by `python benchmarks/accuracy.py`. Untouched: "
         f"{result['full']['accuracy']:.3f} ({families}). In brackets the visual tokens a layer reads on average, of "
         "256. A plus or minus says better or worse than random dropping at the same stage and the same tokens per "
-        "layer, by more than the 95 % interval of the difference.\n\n"
+        f"layer, by more than the 95 % interval of the difference.{model_note(result)}\n\n"
         f"<details><summary>All methods at four budgets</summary>\n\n{table(rows)}\n\n</details>\n\n"
         "![Accuracy against visual tokens per layer, one panel per method](images/accuracy.svg)\n\n"
         f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
-        f"nothing of them but that they run. The demo model has few layers ({depth}), so methods inside it "
-        "have little room, and it was trained with dropped backgrounds and supervised attention: methods that read its "
-        "attention look better here than on public models."
+        f"nothing of them but that they run. The demo model has fewer layers ({depth}) than real ones, so "
+        "methods inside it have less room, and it was trained with dropped backgrounds and supervised attention: "
+        "methods that read its attention look better here than on public models."
     )
 
 
@@ -208,7 +208,7 @@ def cache_text() -> str:
         f"the same picture {full['second_question']['share']:.3f}. The first answer begins before anything is evicted, "
         "so it says little; the second question is asked on what is left, which methods that read the first question "
         "chose for that one. Bytes are measured, as a share of the untouched cache (prompts of about 300 tokens), and "
-        "beside them those of a prompt of 12,544 visual tokens in bfloat16.\n\n"
+        f"beside them those of a prompt of 12,544 visual tokens in bfloat16.{model_note(own)}\n\n"
         f"<details><summary>All methods of the cache</summary>\n\n{table(rows)}\n\n</details>\n\n"
         "![Exact match against bytes held, one panel per method](images/cache.svg)" + _cache_speed(result)
     )
@@ -308,7 +308,7 @@ def drafting_text() -> str:
         "than real ones do. `always` drafts as much as the options say, `adaptive` as much as pays: on models this "
         f"small the loop itself costs as much as a forward. {unpaid} of {len(result['drafters'])} did not pay there. "
         f"{'All' if not different else len(rows) - len(different)} of {len(rows)} gave the tokens of plain decoding"
-        f"{'' if not different else '; not so: ' + ', '.join(different)}.\n\n"
+        f"{'' if not different else '; not so: ' + ', '.join(different)}.{model_note(result)}\n\n"
         f"<details><summary>All drafters</summary>\n\n{table(drafters)}\n\n</details>"
     )
 
