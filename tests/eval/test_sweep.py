@@ -35,12 +35,12 @@ def untimed(table: Table) -> Any:
 
 
 def test_every_plan_has_its_baselines_at_the_same_tokens(tiny: Any, tmp_path: Path) -> None:
-    # What is left on average over four layers: 64, and (256 + 3 * 16) / 4 = 76.
-    plans = ["divprune(keep=64)", "fastv(keep=16, layer=1)"]
+    # What is left on average over the layers: 64, and 256 / 4 + 16 * 3 / 4 = 76.
+    plans = ["divprune(keep=64)", "fastv(keep=16, layer=0.25)"]
     table = evaluate(*tiny, [IMAGES], plans, out=tmp_path, limit=1, name="tiny")
     tokens = {row.plan: row.costs["n_visual_layer_average"] for row in table.rows}
-    assert [row.plan for row in table.rows[:3]] == ["full", "fastv(keep=16, layer=1)", "divprune(keep=64)"]
-    for plan, kept in (("divprune(keep=64)", 64), ("fastv(keep=16, layer=1)", 76)):
+    assert [row.plan for row in table.rows[:3]] == ["full", "fastv(keep=16, layer=0.25)", "divprune(keep=64)"]
+    for plan, kept in (("divprune(keep=64)", 64), ("fastv(keep=16, layer=0.25)", 76)):
         assert tokens[plan] == kept
         assert tokens[f"random(keep={kept})"] == tokens[f"uniform(keep={kept})"] == kept
         # On a 16 x 16 grid the nearest below are 8 x 8 and 9 x 8.
