@@ -1,8 +1,8 @@
 """Train the embedded model from nothing: ``python -m mmfast.training.default_model.recipe --out FOLDER``.
 
-Five stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
-between them, everything together on pixels, and the same with hardly a patch left out. The first two do not depend on
-each other and may run side by side (``--only vision``, ``--only language``).
+Four stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
+between them, and everything together on pixels. The first two do not depend on each other and may run side by side
+(``--only vision``, ``--only language``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ PARTS: tuple[Part, ...] = (
     Part("language", LanguageStage, _muon(3000, 8, 3e-3, 1.5e-3), ()),
     Part("align", AlignStage, Settings(steps=1500, batch=8, learning_rate=3e-3), ("vision", "language")),
     Part("joint", JointStage, _muon(4000, 8, 1.2e-3, 6e-4), ("align",)),
-    Part("whole", partial(JointStage, clips=0.25, whole=(0.7, 1.0), number=5), _muon(1300, 8, 1e-3, 5e-4), ("joint",)),
 )
 
 

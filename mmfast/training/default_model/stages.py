@@ -16,6 +16,10 @@ from mmfast.training.default_model.world import PATCHES, Episode, clip, generato
 from mmfast.training.objective import Loss, Objective
 
 _VISION, _LANGUAGE, _ALIGN, _JOINT = 0, 1, 2, 3
+_CLIPS = 0.4
+"""Share of the joint steps that show clips."""
+_WHOLE = (0.25, 0.7)
+"""Share of the joint steps that show all patches, at the beginning and at the end."""
 STUDENT = "student.safetensors"
 
 
@@ -165,33 +169,20 @@ class AlignStage(_Stage):
 
 
 class JointStage(_Stage):
-    """Stage 3: everything together on pixels, pictures and clips.
+    """Stage 3: everything together on pixels, pictures and clips."""
 
-    Args:
-        clips: share of the steps that show clips.
-        whole: share of the steps that show all patches, at the beginning and at the end.
-        number: which stage this is; it decides what is drawn.
-    """
+    number = _JOINT
 
-    def __init__(
-        self,
-        student: Student,
-        seed: int,
-        steps: int,
-        clips: float = 0.4,
-        whole: tuple[float, float] = (0.25, 0.7),
-        number: int = _JOINT,
-    ) -> None:
+    def __init__(self, student: Student, seed: int, steps: int) -> None:
         super().__init__(student, seed, steps)
-        self.packer, self.clips, self.whole, self.number = Packer(student.processor), clips, whole, number
+        self.packer = Packer(student.processor)
         student.model.set_attn_implementation("sdpa")
 
     def batch(self, step: int, part: int, parts: int, size: int) -> tuple[list[Episode], Packed]:
         """Draw pictures or clips, more and more of them with all their patches."""
         rng, done = self.rng(step, part), step / self.steps
-        first, last = self.whole
-        whole = bool(rng.random() < first + (last - first) * done)
-        if rng.random() < self.clips:
+        whole = bool(rng.random() < _WHOLE[0] + (_WHOLE[1] - _WHOLE[0]) * done)
+        if rng.random() < _CLIPS:
             frames = int(rng.integers(2, 7))
             episodes = [_asked(lambda: clip(rng, frames)) for _ in range(max(1, size // frames))]
             most = int(rng.integers(24, 65))
