@@ -107,7 +107,7 @@ class Binding:
         drafter: Drafter | None = only(plan, "decode", Drafter)
         companion = companion_of(adapter, drafter, draft_model)
         self.calibrates = calibrates(adapter, plan)
-        self.frames = FrameRunner(adapter, plan, clip, lambda: self.outer.call)
+        self.frames = FrameRunner(adapter, plan, clip, self.outer)
         self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
         running = active_on(adapter.model)
         if running is not None:
