@@ -27,13 +27,16 @@ _READS_BACK = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose caches can forget their last tokens."""
 
 
-def companion_of(adapter: Adapter, drafter: Drafter | None, model: Any) -> VisionCompanion | TextCompanion | None:
+def companion_of(
+    adapter: Adapter, drafter: Drafter | None, model: Any, *, goes: Binding | None = None
+) -> VisionCompanion | TextCompanion | None:
     """Return the second model of a plan, ready to be attached; nothing is done to it here.
 
     Args:
         adapter: of the model that verifies.
         drafter: of the plan, if any.
         model: the second model, if any.
+        goes: the plan on a second model that will have been taken off by then.
 
     Raises:
         TypeError: if it is no model, or no adapter serves it and one is needed.
@@ -56,7 +59,8 @@ def companion_of(adapter: Adapter, drafter: Drafter | None, model: Any) -> Visio
             "draft_model is the model itself, which would cost as much as it saves; pass a smaller one, or use "
             "'swift()', with which a model drafts for itself"
         )
-    found = VisionCompanion(adapter, drafter, model) if kind == "vision" else TextCompanion(adapter, drafter, model)
+    vision = kind == "vision"
+    found = VisionCompanion(adapter, drafter, model, goes) if vision else TextCompanion(adapter, drafter, model)
     sizes = found.vocabulary, _vocabulary(adapter.model)
     if min(sizes) < _LEAST_SHARED * max(sizes):
         raise ValueError(
@@ -78,13 +82,14 @@ class VisionCompanion:
         target: adapter of the model that verifies.
         drafter: whose model it is.
         model: the smaller model.
+        goes: the plan on a second model that will have been taken off by the time this one is attached.
 
     Raises:
         TypeError: if no adapter serves it.
         ValueError: if it reads other placeholders, or cannot do what its plan asks for.
     """
 
-    def __init__(self, target: Adapter, drafter: Drafter, model: Any) -> None:
+    def __init__(self, target: Adapter, drafter: Drafter, model: Any, goes: Binding | None = None) -> None:
         from mmfast.adapters.binding import active_on
         from mmfast.adapters.refusals import refuse_impossible
 
@@ -111,7 +116,7 @@ class VisionCompanion:
         self.plan = Plan.parse(str(getattr(drafter, "plan", "")))
         refuse_impossible(self.adapter, self.plan)
         running = active_on(self.model)
-        if running is not None:
+        if running is not None and running is not goes:
             raise ValueError(
                 f"draft_model already runs the plan {running.plan.to_text()!r}; call remove() on it, and write what "
                 f"it is to do into the options of {self.name!r}"

@@ -214,6 +214,30 @@ def test_a_plan_can_be_taken_off_for_a_while() -> None:
     fast.remove()
 
 
+def test_a_plan_is_replaced_by_one_with_the_same_assistant() -> None:
+    """What the first plan did to the assistant goes with it, and nobody else's plan does."""
+    family = FAMILIES["llava"]
+    model, assistant = family.model(), clone(family)
+    decoded(model, one(family), steps=2)
+    decoded(assistant, one(family), steps=2)
+    before = census(model), census(assistant)
+    first = mmfast.accelerate(model, "assistant()", draft_model=assistant)
+    at_work = census(model), census(assistant)
+    with pytest.raises(ValueError, match=r"this model already runs the plan 'assistant\(\)'"):
+        mmfast.accelerate(model, ASSISTANT, draft_model=assistant)
+    with pytest.raises(ValueError, match="draft_model already runs the plan 'full'"):
+        mmfast.accelerate(FAMILIES["vipllava"].model(), "assistant()", draft_model=assistant, replace=True)
+    assert (census(model), census(assistant)) == at_work
+    both = f"divprune(keep=5) + {ASSISTANT}"
+    second = mmfast.accelerate(model, both, draft_model=assistant, replace=True)
+    assert (first.active, second.active) == (False, True)
+    found = decoded(model, one(family))
+    second.remove()
+    assert (census(model), census(assistant)) == before
+    with mmfast.accelerate(model, "divprune(keep=5)"):
+        assert torch.equal(found, decoded(model, one(family)))
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
