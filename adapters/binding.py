@@ -115,8 +115,6 @@ class Binding:
         self.calibrates = calibrates(adapter, plan)
         self.frames = FrameRunner(adapter, plan, clip, self.outer)
         self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
-        if running is not None:
-            running.detach()
         for inside in (self.dropper, self.bypass, drafter):
             notice = "" if inside is None else inside.notice(adapter.shape.layers)
             if inside is not None and notice:
@@ -130,10 +128,14 @@ class Binding:
         if drafter is not None:
             self.loop = DraftingRunner(self, drafter, companion)
             self.recorder.note_uncompiled(f"the rounds of {drafter.name!r} are not compiled", asked=compile)
+        if running is not None:
+            running.detach()
         try:
             self._attach()
         except BaseException:
             self.ledger.undo()
+            if running is not None:
+                running._attach()
             raise
 
     @property

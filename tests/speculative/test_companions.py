@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import mmfast
+from mmfast.adapters import binding
 from mmfast.adapters.companion import VisionReading
 from mmfast.registry import get
 from mmfast.speculative.base import Request
@@ -236,6 +237,27 @@ def test_a_plan_is_replaced_by_one_with_the_same_assistant() -> None:
     assert (census(model), census(assistant)) == before
     with mmfast.accelerate(model, "divprune(keep=5)"):
         assert torch.equal(found, decoded(model, one(family)))
+
+
+def test_a_failed_replacement_leaves_the_assistant_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llava"]
+    model, assistant = family.model(), clone(family)
+    decoded(assistant, one(family), steps=2)
+    before = census(model), census(assistant)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("no tap")
+
+    with mmfast.accelerate(model, ASSISTANT, draft_model=assistant) as first:
+        decoded(model, one(family), **unsaid(model))
+        monkeypatch.setattr(binding, "register_tap", refuse)
+        with pytest.raises(ValueError, match="no tap"):
+            mmfast.accelerate(model, "fastv()", replace=True)
+        decoded(model, one(family), **unsaid(model))
+        assert first.active
+        assert first.report().drafting.acceptance_rate == 1.0
+        assert first.report().drafting.rounds == rounds_when_right(4)
+    assert (census(model), census(assistant)) == before
 
 
 # --------------------------------------------------------------------------------------- refusals
