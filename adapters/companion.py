@@ -13,6 +13,7 @@ from mmfast.adapters.base import Adapter, for_model
 from mmfast.adapters.cache import is_logical
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import FEATURE_KEYS
+from mmfast.adapters.own_loop import without_stop_strings
 from mmfast.adapters.turns import BESIDE, PER_TOKEN
 from mmfast.plan import Plan
 from mmfast.speculative.base import Drafter, Request
@@ -161,17 +162,18 @@ class VisionCompanion:
 
         repeats = len(request.prompts) // max(1, len(inputs["input_ids"]))
         try:
-            self.model.generate(
-                **inputs,
-                custom_generate=begin,
-                max_new_tokens=request.max_new_tokens + 1,
-                do_sample=repeats > 1,
-                num_return_sequences=repeats,
-                num_beams=1,
-                use_cache=True,
-                cache_implementation="dynamic",
-                return_dict_in_generate=False,
-            )
+            with without_stop_strings(self.model):
+                self.model.generate(
+                    **inputs,
+                    custom_generate=begin,
+                    max_new_tokens=request.max_new_tokens + 1,
+                    do_sample=repeats > 1,
+                    num_return_sequences=repeats,
+                    num_beams=1,
+                    use_cache=True,
+                    cache_implementation="dynamic",
+                    return_dict_in_generate=False,
+                )
         except BaseException as error:
             binding.onlooker = None
             if not isinstance(error, ValueError):

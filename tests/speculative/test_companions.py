@@ -81,6 +81,15 @@ def test_a_clone_under_the_same_plan_is_always_right(family: Family, plan: str) 
     assert record.rounds == rounds_when_right(4, 3)
 
 
+def test_stop_strings_of_an_assistant_are_not_asked_for() -> None:
+    """When to stop is for the model to say; the assistant is given no tokenizer."""
+    family = FAMILIES["llava"]
+    assistant = clone(family)
+    assistant.generation_config.stop_strings = ["stop"]
+    assert check(one(family), ASSISTANT, draft_model=assistant, **unsaid(family.model())).acceptance_rate == 1.0
+    assert assistant.generation_config.stop_strings == ["stop"]
+
+
 def test_a_pruned_assistant_sees_less() -> None:
     family, plan = FAMILIES["llava"], "assistant(adaptive_length=False, num_draft=4, plan='divprune(keep=2)')"
     assert check(one(family), plan, draft_model=clone(family), **unsaid(family.model())).acceptance_rate < 0.9
