@@ -17,7 +17,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import is_logical, reference_layer, refuse_unsupported
 from mmfast.adapters.call import Block, Inner, Level, Onlooker, Outer, compact_positions, stretched
 from mmfast.adapters.clip import ClipTower, check_clip, clip_reader
-from mmfast.adapters.companion import companion_of
+from mmfast.adapters.companion import VisionCompanion, companion_of
 from mmfast.adapters.compiled import CompiledLoop, refuse_uncompilable
 from mmfast.adapters.compression import settled_tokens
 from mmfast.adapters.drafting import DraftingRunner
@@ -105,18 +105,16 @@ class Binding:
         if compile:
             refuse_uncompilable(adapter, plan)
         drafter: Drafter | None = only(plan, "decode", Drafter)
-        companion = companion_of(adapter, drafter, draft_model)
-        self.calibrates = calibrates(adapter, plan)
-        self.frames = FrameRunner(adapter, plan, clip, lambda: self.outer.call)
-        self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
         running = active_on(adapter.model)
-        if running is not None:
-            if not replace:
-                raise ValueError(
-                    f"this model already runs the plan {running.plan.to_text()!r}; call remove() on it first, "
-                    "or pass replace=True"
-                )
-            running.detach()
+        if running is not None and not replace:
+            raise ValueError(
+                f"this model already runs the plan {running.plan.to_text()!r}; call remove() on it first, "
+                "or pass replace=True"
+            )
+        companion = companion_of(adapter, drafter, draft_model, goes=None if running is None else running.assistant)
+        self.calibrates = calibrates(adapter, plan)
+        self.frames = FrameRunner(adapter, plan, clip, self.outer)
+        self.features = FeatureWatch(adapter, plan, self.recorder, self.turns, self.frames)
         for inside in (self.dropper, self.bypass, drafter):
             notice = "" if inside is None else inside.notice(adapter.shape.layers)
             if inside is not None and notice:
@@ -130,16 +128,26 @@ class Binding:
         if drafter is not None:
             self.loop = DraftingRunner(self, drafter, companion)
             self.recorder.note_uncompiled(f"the rounds of {drafter.name!r} are not compiled", asked=compile)
+        if running is not None:
+            running.detach()
         try:
             self._attach()
         except BaseException:
             self.ledger.undo()
+            if running is not None:
+                running._attach()
             raise
 
     @property
     def active(self) -> bool:
         """Whether the model still has the plan."""
         return len(self.ledger) > 0
+
+    @property
+    def assistant(self) -> Binding | None:
+        """The plan at work on a second model for the sake of this one, if any."""
+        companion = self.loop.companion if isinstance(self.loop, DraftingRunner) else None
+        return companion.binding if isinstance(companion, VisionCompanion) else None
 
     def detach(self) -> None:
         """Undo every change to the model."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level, announcement
 from mmfast.adapters.kernel_attention import arm_shown
-from mmfast.adapters.masks import causal, gather_positions, gather_rows, hide
+from mmfast.adapters.masks import causal, gather_positions, gather_rows, gather_table, hide
 from mmfast.adapters.reading import Reader, peek, switch_on_tap
 from mmfast.adapters.recorder import Recorder
 from mmfast.token_pruning.layers import LayerBypass, LayerRequest
@@ -153,7 +153,7 @@ class Bypasser:
             new["position_ids"] = None
         elif new.get("position_ids") is not None:
             new["position_ids"] = gather_positions(new["position_ids"], step)
-        new["position_embeddings"] = tuple(_gather_table(table, step) for table in new["position_embeddings"])
+        new["position_embeddings"] = tuple(gather_table(table, step) for table in new["position_embeddings"])
 
     def _narrow_attention(self, inner: Inner, layer: nn.Module, step: Tensor, level: Level, length: int) -> None:
         """Let the attention module work on the tokens that take part and return zeros for the others."""
@@ -269,13 +269,6 @@ def _narrow_mask(mask: Tensor | None, step: Tensor, level: Level, before: int, *
     if level.real is not None:
         new = hide(new, ~level.real[:, None, None, :])
     return torch.cat([rows[..., :past], new], dim=-1)
-
-
-def _gather_table(table: Tensor, step: Tensor) -> Tensor:
-    if table.ndim == 4:
-        wanted = step[None, :, :, None].expand(table.shape[0], -1, -1, table.shape[-1])
-        return table.expand(-1, step.shape[0], -1, -1).gather(2, wanted)
-    return gather_rows(table, step)
 
 
 def _scatter(whole: Tensor, step: Tensor, states: Tensor, real: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from mmfast.adapters.base import Adapter, for_model
 from mmfast.adapters.cache import is_logical
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import FEATURE_KEYS
+from mmfast.adapters.own_loop import without_stop_strings
 from mmfast.adapters.turns import BESIDE, PER_TOKEN
 from mmfast.plan import Plan
 from mmfast.speculative.base import Drafter, Request
@@ -27,13 +28,16 @@ _READS_BACK = ("full_attention", "sliding_attention", "chunked_attention")
 """Kinds of layers whose caches can forget their last tokens."""
 
 
-def companion_of(adapter: Adapter, drafter: Drafter | None, model: Any) -> VisionCompanion | TextCompanion | None:
+def companion_of(
+    adapter: Adapter, drafter: Drafter | None, model: Any, *, goes: Binding | None = None
+) -> VisionCompanion | TextCompanion | None:
     """Return the second model of a plan, ready to be attached; nothing is done to it here.
 
     Args:
         adapter: of the model that verifies.
         drafter: of the plan, if any.
         model: the second model, if any.
+        goes: the plan on a second model that will have been taken off by then.
 
     Raises:
         TypeError: if it is no model, or no adapter serves it and one is needed.
@@ -56,7 +60,8 @@ def companion_of(adapter: Adapter, drafter: Drafter | None, model: Any) -> Visio
             "draft_model is the model itself, which would cost as much as it saves; pass a smaller one, or use "
             "'swift()', with which a model drafts for itself"
         )
-    found = VisionCompanion(adapter, drafter, model) if kind == "vision" else TextCompanion(adapter, drafter, model)
+    vision = kind == "vision"
+    found = VisionCompanion(adapter, drafter, model, goes) if vision else TextCompanion(adapter, drafter, model)
     sizes = found.vocabulary, _vocabulary(adapter.model)
     if min(sizes) < _LEAST_SHARED * max(sizes):
         raise ValueError(
@@ -78,13 +83,14 @@ class VisionCompanion:
         target: adapter of the model that verifies.
         drafter: whose model it is.
         model: the smaller model.
+        goes: the plan on a second model that will have been taken off by the time this one is attached.
 
     Raises:
         TypeError: if no adapter serves it.
         ValueError: if it reads other placeholders, or cannot do what its plan asks for.
     """
 
-    def __init__(self, target: Adapter, drafter: Drafter, model: Any) -> None:
+    def __init__(self, target: Adapter, drafter: Drafter, model: Any, goes: Binding | None = None) -> None:
         from mmfast.adapters.binding import active_on
         from mmfast.adapters.refusals import refuse_impossible
 
@@ -111,7 +117,7 @@ class VisionCompanion:
         self.plan = Plan.parse(str(getattr(drafter, "plan", "")))
         refuse_impossible(self.adapter, self.plan)
         running = active_on(self.model)
-        if running is not None:
+        if running is not None and running is not goes:
             raise ValueError(
                 f"draft_model already runs the plan {running.plan.to_text()!r}; call remove() on it, and write what "
                 f"it is to do into the options of {self.name!r}"
@@ -156,17 +162,18 @@ class VisionCompanion:
 
         repeats = len(request.prompts) // max(1, len(inputs["input_ids"]))
         try:
-            self.model.generate(
-                **inputs,
-                custom_generate=begin,
-                max_new_tokens=request.max_new_tokens + 1,
-                do_sample=repeats > 1,
-                num_return_sequences=repeats,
-                num_beams=1,
-                use_cache=True,
-                cache_implementation="dynamic",
-                return_dict_in_generate=False,
-            )
+            with without_stop_strings(self.model):
+                self.model.generate(
+                    **inputs,
+                    custom_generate=begin,
+                    max_new_tokens=request.max_new_tokens + 1,
+                    do_sample=repeats > 1,
+                    num_return_sequences=repeats,
+                    num_beams=1,
+                    use_cache=True,
+                    cache_implementation="dynamic",
+                    return_dict_in_generate=False,
+                )
         except BaseException as error:
             binding.onlooker = None
             if not isinstance(error, ValueError):

@@ -54,7 +54,7 @@ class FeatureWatch:
             if self._encoding:
                 # One entry may call the other, as Qwen3-VL's for videos: the outer one knows what it encodes.
                 return original(*args, **kwargs)
-            outer = self.frames.outer()
+            outer = self.frames.outer.call
             arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
             arguments.update(arguments.pop("kwargs", {}))
             pixels = next((arguments[name] for name in FEATURE_KEYS if arguments.get(name) is not None), None)

@@ -16,10 +16,10 @@ from einops import rearrange
 from torch import Tensor
 
 from mmfast.adapters.base import Adapter
-from mmfast.adapters.call import Outer
 from mmfast.adapters.clip import ClipReader, ClipTower
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import FEATURE_KEYS, Described, Segment, assigned, placeholder_masks
+from mmfast.adapters.outer import OuterBoundary
 from mmfast.adapters.resizing import is_of_grids, resized_to
 from mmfast.plan import Plan
 from mmfast.token_pruning.frame_base import FrameSelector, VideoFrames
@@ -227,7 +227,7 @@ class FrameRunner:
         adapter: the adapter of the model.
         plan: the plan, which may have a method of the stage.
         clip: a CLIP model, for methods that want one.
-        outer: returns the call of the outer model that is running, if one is.
+        outer: knows the call of the outer model that is running, if one is.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class FrameRunner:
         adapter: Adapter,
         plan: Plan,
         clip: ClipTower | None,
-        outer: Callable[[], Outer | None],
+        outer: OuterBoundary,
     ) -> None:
         self.adapter, self.outer = adapter, outer
         self.selector = next((method for method in plan.at("frames") if isinstance(method, FrameSelector)), None)
@@ -250,6 +250,8 @@ class FrameRunner:
     def _listening(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
+            # Hooks do not run after Ctrl-C: what is encoded now must not be taken for a part of the call it broke off.
+            self.outer.forget()
             ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
             cache = kwargs.get("past_key_values")
             if isinstance(ids, Tensor):
@@ -301,7 +303,7 @@ class FrameRunner:
         Raises:
             ValueError: if there is no text to read, or it does not say which video belongs to which prompt.
         """
-        outer = self.outer()
+        outer = self.outer.call
         ids, mask = (outer.input_ids, outer.attention_mask) if outer is not None else self._prompt or (None, None)
         if ids is None or self.selector is None or self.clip is None:
             raise ValueError(

@@ -15,7 +15,7 @@ from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, announcement, compact_positions
 from mmfast.adapters.compression import forget_hidden
 from mmfast.adapters.kernel_attention import answered, arm_waiting
-from mmfast.adapters.masks import gather_positions, gather_rows, head_mask, layer_mask, pack
+from mmfast.adapters.masks import gather_positions, gather_rows, gather_table, head_mask, layer_mask, pack
 from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
 from mmfast.adapters.recorder import Recorder
 from mmfast.adapters.teaching import hide_softly, refuse_unteachable
@@ -243,7 +243,7 @@ class LayerRunner:
                 lambda: _moved(positions, entry, level, relative),
             )
         tables = given["position_embeddings"]
-        if level.positions is not None or relative is not None:
+        if entry is None or level.positions is not None or relative is not None:
             new["position_embeddings"] = inner.remembered(
                 ("rotary", start, id(tables), device, 0 if cached is None else cached.renumbered),
                 lambda: self.adapter.rotary(layer, hidden, new["position_ids"]),
@@ -251,7 +251,7 @@ class LayerRunner:
         else:
             new["position_embeddings"] = inner.remembered(
                 ("rotary", start, id(tables), device),
-                lambda: tuple(_gather_table(table, entry) for table in tables),
+                lambda: tuple(gather_table(table, entry) for table in tables),
             )
         self._hide_gaps(new, level)
 
@@ -396,14 +396,3 @@ def _moved(positions: Tensor, entry: Tensor | None, level: Level, relative: Tens
 def _counts_alike(layer: Any, reference: Any) -> bool:
     """Layers whose prompts were renumbered equally often count positions alike."""
     return bool(layer.renumbered == reference.renumbered)
-
-
-def _gather_table(table: Tensor, entry: Tensor | None) -> Tensor:
-    """Gather cosines or sines ``[B or 1, K, d]`` (``[3, B, K, d]`` for M-RoPE)."""
-    if entry is None:
-        return table
-    entry = entry.to(table.device)
-    if table.ndim == 4:
-        wanted = entry[None, :, :, None].expand(table.shape[0], -1, -1, table.shape[-1])
-        return table.expand(-1, entry.shape[0], -1, -1).gather(2, wanted)
-    return gather_rows(table, entry)

@@ -50,6 +50,21 @@ def gather_rows(values: Tensor, indices: Tensor) -> Tensor:
     return values.gather(1, view.expand(*indices.shape, *values.shape[2:]))
 
 
+def gather_table(table: Tensor, indices: Tensor) -> Tensor:
+    """Gather cosines or sines ``[B or 1, S, d]``, or ``[3, B or 1, S, d]``, along the sequence with ``[B, K]`` indices.
+
+    Example:
+        >>> gather_table(torch.arange(6.0).view(1, 3, 2), torch.tensor([[0, 2], [1, 1]]))[1].tolist()
+        [[2.0, 3.0], [2.0, 3.0]]
+    """
+    # Tables are made once for all layers, which may be on several devices.
+    indices = indices.to(table.device)
+    if table.ndim == 3:
+        return gather_rows(table, indices)
+    wanted = indices[None, :, :, None].expand(table.shape[0], -1, -1, table.shape[-1])
+    return table.expand(-1, indices.shape[0], -1, -1).gather(2, wanted)
+
+
 def gather_positions(positions: Tensor, indices: Tensor) -> Tensor:
     """Gather position ids ``[B or 1, S]`` or ``[3 or 4, B, S]`` along their last axis.
 

@@ -57,7 +57,8 @@ class OuterBoundary:
         abandon: ends a call of the decoder that was broken off.
 
     Attributes:
-        call: what the outer model was called with; None between calls.
+        call: what the outer model was called with; None between calls. One that was broken off in a way that runs
+            no hooks stays until :meth:`forget` or the next.
     """
 
     def __init__(self, adapter: Adapter, recorder: Recorder, abandon: Callable[[], None]) -> None:
@@ -73,6 +74,11 @@ class OuterBoundary:
         ledger.hook(self.adapter.model.register_forward_pre_hook(self._before_call, with_kwargs=True))
         ledger.hook(base.register_forward_pre_hook(self._before_model, with_kwargs=True))
         ledger.hook(base.register_forward_hook(self._after_model, always_call=True))
+
+    def forget(self) -> None:
+        """End a call that was broken off, such as by Ctrl-C."""
+        self._abandon()
+        self.call = None
 
     def prompt_end(self, inner: Inner) -> int | None:
         """Find the last prompt token where generated or drafted tokens follow it in this call; None = none do."""

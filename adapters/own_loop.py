@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
@@ -164,29 +165,47 @@ class OwnLoop(ABC):
                 return original(*args, **kwargs)
             # transformers hands neither of these on to a loop that is not its own.
             self._streamer = kwargs.get("streamer")
-            _take_stop_strings(kwargs)
+            taken = _take_stop_strings(kwargs, self.adapter.model.generation_config)
             self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
             ids = args[0] if args else self._inputs.pop("inputs", None)
             if isinstance(ids, Tensor):
                 self._inputs["input_ids"] = ids
             try:
-                return original(*args, custom_generate=self.decode, **kwargs)
+                with without_stop_strings(self.adapter.model) if taken else nullcontext():
+                    return original(*args, custom_generate=self.decode, **kwargs)
             finally:
                 self._inputs, self._streamer = {}, None
 
         return generate
 
 
-def _take_stop_strings(kwargs: dict[str, Any]) -> None:
-    """Turn ``stop_strings`` and the tokenizer they need into a criterion."""
+@contextmanager
+def without_stop_strings(model: Any) -> Iterator[None]:
+    """Hide the ``stop_strings`` of a model's own config: transformers fills up every other config with them."""
+    own = model.generation_config
+    strings, own.stop_strings = own.stop_strings, None
+    try:
+        yield
+    finally:
+        own.stop_strings = strings
+
+
+def _take_stop_strings(kwargs: dict[str, Any], own: Any) -> bool:
+    """Turn ``stop_strings`` and the tokenizer they need into a criterion, and say whether there were any.
+
+    Args:
+        kwargs: of ``generate``, which are changed.
+        own: the model's own config.
+    """
     tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
-    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None)
+    strings = kwargs.get("stop_strings") or getattr(config, "stop_strings", None) or own.stop_strings
     if tokenizer is None or strings is None:
         # Without a tokenizer transformers says what is missing.
-        return
+        return False
     kwargs.pop("stop_strings", None)
     if config is not None:
         kwargs["generation_config"] = copy(config)
         kwargs["generation_config"].stop_strings = None
     criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
     kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+    return True

@@ -276,11 +276,12 @@ def _read(adapter: Adapter, inputs: Mapping[str, Any]) -> SharedPrefix:
     """Read a prompt, with whatever plan is at work on the model, and take its cache.
 
     Raises:
-        ValueError: if there is more than one prompt, or the plan needs to be at work later too.
+        ValueError: if there is more than one prompt, it is padded, or the plan needs to be at work later too.
     """
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
         raise ValueError(f"inputs hold {ids.shape[0]} prompts; a shared context has one, and questions come later")
+    refuse_padding(inputs)
     positions: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -307,6 +308,20 @@ def _read(adapter: Adapter, inputs: Mapping[str, Any]) -> SharedPrefix:
     if shift == 0:
         layers = [_with_positions(layer, positions[-1]) for layer in layers]
     return SharedPrefix(adapter, layers, reference_layer(cache).get_seq_length(), int(positions[-1].max()) + 1 - shift)
+
+
+def refuse_padding(inputs: Mapping[str, Any]) -> None:
+    """Refuse a padded prompt: what goes on from its cache sees every token of it.
+
+    Raises:
+        ValueError: saying how much of it is padding.
+    """
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()):
+        raise ValueError(
+            f"attention_mask calls {int((mask == 0).sum())} of {mask.shape[1]} tokens padding, which would be read "
+            "like the others; pass the prompt without padding"
+        )
 
 
 def _with_positions(layer: PrefixLayer, given: Tensor) -> PrefixLayer:

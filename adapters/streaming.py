@@ -15,7 +15,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.cache import adopt, reference_layer
 from mmfast.adapters.ledger import Ledger
 from mmfast.adapters.media import FEATURE_KEYS
-from mmfast.adapters.shared import SharedPrefix, prefix_of
+from mmfast.adapters.shared import SharedPrefix, prefix_of, refuse_padding
 from mmfast.kv.base import Evictor
 from mmfast.kv.entries import Entries, Retained
 from mmfast.token_pruning.attention import AttentionView
@@ -55,7 +55,11 @@ class Stream:
             inputs: of one unpadded prompt.
             tokens_per_frame: says, once they have been read, how many visual tokens of one frame entered the
                 language model; 0 = not known.
+
+        Raises:
+            ValueError: if the prompt is padded.
         """
+        refuse_padding(inputs)
         ids = inputs["input_ids"]
         given = {name: value for name, value in inputs.items() if name != "attention_mask"}
         positions = self.adapter.prompt_positions(inputs, self.next)

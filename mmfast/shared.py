@@ -39,7 +39,7 @@ class SharedContext:
         report: what the plan did.
 
     Raises:
-        ValueError: if there are several prompts in ``inputs``, or the plan acts at every decode step too.
+        ValueError: if there are several prompts in ``inputs`` or padding, or the plan acts at every decode step too.
 
     Example:
         >>> import mmfast

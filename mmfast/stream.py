@@ -70,7 +70,7 @@ class VideoStream:
                 around it. The first may hold the start of the conversation.
 
         Raises:
-            ValueError: if there are several prompts in ``inputs``, or the stream has been closed.
+            ValueError: if there are several prompts in ``inputs`` or padding, or the stream has been closed.
         """
         if not self._fast.active:
             raise ValueError("this stream has been closed; open a new one")

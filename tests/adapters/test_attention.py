@@ -19,8 +19,8 @@ from mmfast.adapters.attention import (
     watchers,
 )
 from mmfast.adapters.ledger import Ledger
-from support.cases import case_id, mixed
-from support.checks import CLOSE, census, registries
+from support.cases import case_id, mixed, one
+from support.checks import CLOSE, census, first_logits, registries
 from support.families import FAMILIES, Family
 
 
@@ -209,6 +209,14 @@ def test_an_implementation_without_masks_is_refused() -> None:
         stock = census(model)
         with pytest.raises(ValueError, match="attention implementation 'bare' has no mask function"):
             mmfast.accelerate(model, "fastv()")
+        assert registries() == tables
+        assert census(model) == stock
+        with mmfast.accelerate(model, "uniform(keep=3)") as fast:
+            with pytest.raises(ValueError, match="attention implementation 'bare' has no mask function"):
+                mmfast.accelerate(model, "fastv()", replace=True)
+            assert fast.active
+            first_logits(model, one(FAMILIES["llava"]).inputs)
+            assert fast.report().media[0].entered == 3
         assert registries() == tables
         assert census(model) == stock
     finally:

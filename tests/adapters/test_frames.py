@@ -161,6 +161,35 @@ def test_frames_chosen_by_a_question_need_a_clip_model_that_knows_pixels(folder:
     assert census(model) == stock
 
 
+@every_reader
+@pytest.mark.parametrize("length", [1, None], ids=["decode", "prefill"])
+def test_a_call_that_was_broken_off_asks_nothing_any_more(
+    family: Family, tower: mmfast.ClipTower, length: int | None
+) -> None:
+    """After Ctrl-C in a decode step or in a prefill, ``generate`` chooses by the question it is given."""
+    model = family.model()
+    first, second = (asked(family).alone(row) for row in (0, 1))
+
+    def chosen(fast: mmfast.Accelerated, batch: Batch) -> list[int]:
+        generate(model, batch.inputs, 3, **PLAIN_TEXT)
+        (found,) = (record.encoded_frames for record in fast.report().media if record.modality == "video")
+        return found.tolist()
+
+    def interrupt(layer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if length is None or hidden.shape[1] == length:
+            raise KeyboardInterrupt
+
+    with mmfast.accelerate(model, PLAN, clip=tower) as fast:
+        expected = [chosen(fast, batch) for batch in (first, second)]
+        assert expected[0] != expected[1]
+        handle = model.get_decoder().layers[1].register_forward_pre_hook(interrupt, with_kwargs=True)
+        with pytest.raises(KeyboardInterrupt):
+            chosen(fast, first)
+        handle.remove()
+        assert [chosen(fast, batch) for batch in (second, first)] == expected[::-1]
+
+
 def test_the_question_has_to_be_there(tower: mmfast.ClipTower) -> None:
     family = FAMILIES["qwen2_vl"]
     model, batch = family.model(), family.batch([3, family.video(1, FRAMES), 9])

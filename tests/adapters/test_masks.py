@@ -16,6 +16,7 @@ from mmfast.adapters.masks import (
     gather_positions,
     gather_prepared,
     gather_rows,
+    gather_table,
     hide,
     layer_mask,
     pack,
@@ -95,6 +96,9 @@ def test_gathering_rows_and_positions(rows: int, shared: bool) -> None:
     assert torch.equal(gather_positions(positions, indices), wanted)
     three = torch.stack([positions, positions + 100, positions + 200])
     assert torch.equal(gather_positions(three, indices), torch.stack([wanted, wanted + 100, wanted + 200]))
+    assert torch.equal(gather_table(values, indices), gathered)
+    wide = torch.stack([values, values + 100, values + 200])
+    assert torch.equal(gather_table(wide, indices), torch.stack([gathered, gathered + 100, gathered + 200]))
 
 
 def pruned_cache() -> LogicalLayer:

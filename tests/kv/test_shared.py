@@ -11,7 +11,7 @@ import mmfast
 from support.cases import case_id, one
 from support.checks import CLOSE, census, generate, registries
 from support.families import FAMILIES, Family
-from support.prompts import text
+from support.prompts import padded, text
 
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=case_id)
 PLANS = [
@@ -105,6 +105,14 @@ def test_senseless_questions_are_refused() -> None:
     two = family.batch([1, family.image()], [2, family.image()])
     with pytest.raises(ValueError, match="hold 2 prompts"):
         mmfast.SharedContext(family.model(), two.inputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_refused(side: str) -> None:
+    """It would be read as part of the prompt."""
+    family = FAMILIES["llava"]
+    with pytest.raises(ValueError, match=r"attention_mask calls 2 of \d+ tokens padding, .* without padding"):
+        mmfast.SharedContext(family.model(), padded(one(family).inputs, side))
 
 
 def test_logits_are_exact() -> None:

@@ -13,7 +13,7 @@ import mmfast
 from support.cases import one
 from support.checks import census, generate, registries
 from support.families import FAMILIES, Family
-from support.prompts import text
+from support.prompts import padded, text
 
 PLAIN = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3"]
 """Families whose second images transformers itself reads as the first."""
@@ -148,6 +148,9 @@ def test_plans_that_cannot_keep_up_are_refused() -> None:
         two = FAMILIES["llava"].batch([1, FAMILIES["llava"].image()], [2, FAMILIES["llava"].image()])
         with pytest.raises(ValueError, match="inputs hold 2 prompts"):
             stream.add(two.inputs)
+        with pytest.raises(ValueError, match=r"attention_mask calls 2 of \d+ tokens padding, .* without padding"):
+            stream.add(padded(one(FAMILIES["llava"]).inputs))
+        assert stream.seen == 0
     stream.close()
     with pytest.raises(ValueError, match="has been closed"):
         stream.add(one(FAMILIES["llava"]).inputs)

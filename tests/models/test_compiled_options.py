@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, TextStreamer
+from transformers import GenerationConfig, LlavaForConditionalGeneration, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 import mmfast
@@ -116,6 +116,34 @@ def test_stop_strings() -> None:
     expected, found = both(model, "full", lambda model: model.generate(**batch, stop_strings=[stop], **options))
     assert torch.equal(expected, found)
     assert found.shape[1] < batch["input_ids"].shape[1] + 12
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["own", "explicit"])
+@pytest.mark.parametrize("plan", ["full", "prompt_lookup()"])
+def test_stop_strings_of_the_models_own_config(plan: str, explicit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the config of a call is filled up from it, and where those of a call go before; it stays as it was."""
+    model, processor = mmfast.load_default()
+    tokenizer = processor.tokenizer
+    batch = tokenizer(["a red circle and"], return_tensors="pt")
+    # The little model would say one word again and again.
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 1}
+
+    def told() -> dict[str, Any]:
+        return {"generation_config": GenerationConfig(**settings)} if explicit else settings
+
+    prompt = batch["input_ids"].shape[1]
+    whole = model.generate(**batch, **told())[0, prompt:]
+    stops = [tokenizer.decode(whole[4:6]), tokenizer.decode(whole[7:9])]
+    monkeypatch.setattr(model.generation_config, "stop_strings", stops[:1])
+    with mmfast.accelerate(model, plan, compile=plan == "full"):
+        found = model.generate(**batch, tokenizer=tokenizer, **told())
+        later = model.generate(**batch, tokenizer=tokenizer, stop_strings=stops[1:], **settings)
+        with pytest.raises(ValueError, match="tokenizer"):
+            model.generate(**batch, **told())
+    assert torch.equal(found, model.generate(**batch, tokenizer=tokenizer, **told()))
+    assert torch.equal(later, model.generate(**batch, tokenizer=tokenizer, stop_strings=stops[1:], **settings))
+    assert prompt < found.shape[1] < later.shape[1] < prompt + 12
+    assert model.generation_config.stop_strings == stops[:1]
 
 
 class _Collector(TextStreamer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import warnings
 import weakref
 from typing import Any
 
@@ -132,6 +133,22 @@ def test_a_second_plan_is_refused_or_replaces_the_first(family: Family) -> None:
     assert census(model) == stock
     assert registries() == tables
     assert torch.equal(first_logits(model, batch.inputs), untouched)
+
+
+def test_a_warning_that_is_an_error_leaves_the_first_plan_at_work() -> None:
+    family = FAMILIES["llava"]
+    model = family.model()
+    stock, tables = census(model), registries()
+    with mmfast.accelerate(model, BEFORE) as first:
+        during = census(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=r"method 'pyramiddrop': keep=0\.01 as an average"):
+                mmfast.accelerate(model, "pyramiddrop(keep=0.01)", replace=True)
+        assert first.active
+        assert census(model) == during
+    assert census(model) == stock
+    assert registries() == tables
 
 
 def test_two_models_run_their_own_plans() -> None:

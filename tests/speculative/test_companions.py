@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 import mmfast
+from mmfast.adapters import binding
 from mmfast.adapters.companion import VisionReading
 from mmfast.registry import get
 from mmfast.speculative.base import Request
@@ -78,6 +79,15 @@ def test_a_clone_under_the_same_plan_is_always_right(family: Family, plan: str) 
     assistant = f"assistant(adaptive_length=False, num_draft=4, plan={plan!r})"
     record = check(mixed(family), assistant, beside=plan, draft_model=clone(family), **unsaid(family.model()))
     assert record.rounds == rounds_when_right(4, 3)
+
+
+def test_stop_strings_of_an_assistant_are_not_asked_for() -> None:
+    """When to stop is for the model to say; the assistant is given no tokenizer."""
+    family = FAMILIES["llava"]
+    assistant = clone(family)
+    assistant.generation_config.stop_strings = ["stop"]
+    assert check(one(family), ASSISTANT, draft_model=assistant, **unsaid(family.model())).acceptance_rate == 1.0
+    assert assistant.generation_config.stop_strings == ["stop"]
 
 
 def test_a_pruned_assistant_sees_less() -> None:
@@ -212,6 +222,51 @@ def test_a_plan_can_be_taken_off_for_a_while() -> None:
     decoded(model, one(family), **unsaid(model))
     assert fast.report().drafting.acceptance_rate == 1.0
     fast.remove()
+
+
+def test_a_plan_is_replaced_by_one_with_the_same_assistant() -> None:
+    """What the first plan did to the assistant goes with it, and nobody else's plan does."""
+    family = FAMILIES["llava"]
+    model, assistant = family.model(), clone(family)
+    decoded(model, one(family), steps=2)
+    decoded(assistant, one(family), steps=2)
+    before = census(model), census(assistant)
+    first = mmfast.accelerate(model, "assistant()", draft_model=assistant)
+    at_work = census(model), census(assistant)
+    with pytest.raises(ValueError, match=r"this model already runs the plan 'assistant\(\)'"):
+        mmfast.accelerate(model, ASSISTANT, draft_model=assistant)
+    with pytest.raises(ValueError, match="draft_model already runs the plan 'full'"):
+        mmfast.accelerate(FAMILIES["vipllava"].model(), "assistant()", draft_model=assistant, replace=True)
+    assert (census(model), census(assistant)) == at_work
+    both = f"divprune(keep=5) + {ASSISTANT}"
+    second = mmfast.accelerate(model, both, draft_model=assistant, replace=True)
+    assert (first.active, second.active) == (False, True)
+    found = decoded(model, one(family))
+    second.remove()
+    assert (census(model), census(assistant)) == before
+    with mmfast.accelerate(model, "divprune(keep=5)"):
+        assert torch.equal(found, decoded(model, one(family)))
+
+
+def test_a_failed_replacement_leaves_the_assistant_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["llava"]
+    model, assistant = family.model(), clone(family)
+    decoded(assistant, one(family), steps=2)
+    before = census(model), census(assistant)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("no tap")
+
+    with mmfast.accelerate(model, ASSISTANT, draft_model=assistant) as first:
+        decoded(model, one(family), **unsaid(model))
+        monkeypatch.setattr(binding, "register_tap", refuse)
+        with pytest.raises(ValueError, match="no tap"):
+            mmfast.accelerate(model, "fastv()", replace=True)
+        decoded(model, one(family), **unsaid(model))
+        assert first.active
+        assert first.report().drafting.acceptance_rate == 1.0
+        assert first.report().drafting.rounds == rounds_when_right(4)
+    assert (census(model), census(assistant)) == before
 
 
 # --------------------------------------------------------------------------------------- refusals

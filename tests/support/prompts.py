@@ -65,6 +65,16 @@ def left_padded(rows: Sequence[Sequence[int]], value: int = PAD) -> Tensor:
     return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
 
 
+def padded(inputs: dict[str, Tensor], side: str = "left", count: int = 2) -> dict[str, Tensor]:
+    """Pad the prompts of inputs, as a processor does that was told a length."""
+    room = (count, 0) if side == "left" else (0, count)
+    length = inputs["input_ids"].shape[1]
+    return {
+        name: torch.nn.functional.pad(value, room) if value.shape[1:] == (length,) else value
+        for name, value in inputs.items()
+    }
+
+
 def noise(*shape: int, seed: int) -> Tensor:
     """Draw pixels."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
