@@ -75,8 +75,8 @@ DOORS = {
     ("accelerate", "adapters"): {"for_model"},
     ("zoo", "adapters"): {"load_clip", "load_pretrained"},
     # One name for the embedded model, in recipes and in results.
-    ("training", "zoo"): {"EMBEDDED"},
-    ("eval", "zoo"): {"EMBEDDED", "default_path"},
+    ("training", "zoo"): {"EMBEDDED", "is_embedded"},
+    ("eval", "zoo"): {"EMBEDDED", "embedded_name", "is_embedded"},
     ("training", "adapters"): {"add_compression_tokens", "load_pretrained", "prepare"},
     ("bench", "adapters"): {"attention_backends", "random_model", "random_model_budgets"},
     # The loop prepares and times as every other measurement does; lmms-eval names models by their id.
