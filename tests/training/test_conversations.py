@@ -172,6 +172,31 @@ def test_only_answers_are_learned(loaded: tuple[Any, Any]) -> None:
     assert bool(taught.inputs["attention_mask"][learned].all())
 
 
+def test_an_answer_of_the_letters_of_its_end_is_learned_whole(loaded: tuple[Any, Any]) -> None:
+    _, processor = loaded
+    talk = Conversation((("which letter is it?", "s"), ("and now?", "s")))
+    taught = encode(processor, [talk])
+    whole = processor.apply_chat_template(
+        [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for turn in talk.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    )
+    assert list(pieces(taught, processor)) == [" s</s>", " s</s>"]
+    assert processor.decode(taught.inputs["input_ids"][0]) == whole
+
+
+@pytest.mark.parametrize(("written", "learned"), [("<end_of_turn>\n", "<end_of_turn>"), (" ", "</s>"), ("", "</s>")])
+def test_an_answer_ends_as_the_template_closes_it(written: str, learned: str) -> None:
+    _, processor = mmfast.load_default()
+    processor.tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    assert "~ '</s>'" in processor.chat_template
+    processor.chat_template = processor.chat_template.replace("~ '</s>'", f"~ {written!r}")
+    taught = encode(processor, [Conversation((("is it small?", "yes"), ("is it red?", "no")))])
+    assert list(pieces(taught, processor)) == [f" yes{learned}", f" no{learned}"]
+
+
 def test_a_row_is_what_generate_would_have_written(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     source = WorldSource(families=["color"])
