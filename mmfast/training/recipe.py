@@ -101,15 +101,26 @@ class Recipe:
                 raise ValueError(f"[settings] must say {name}")
         return cls(model.get("path", EMBEDDED), data, kind, objective, Settings(**settings))
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether weights of the model itself learn, and not only parts beside it."""
+        beside = self.kind in ("draft_head", "gates", "projector")
+        return bool(self.options.get("trained", "plan" if beside else "all") != "plan")
+
     def build(self) -> Objective:
-        """Load the model and the data, and make the objective."""
+        """Load the model and the data, and make the objective.
+
+        A model that learns does so in float32, whatever its file holds; mixed precision is a matter of
+        ``settings.precision``.
+        """
         import mmfast
         from mmfast.adapters import load_pretrained
 
         if is_embedded(self.model):
             model, processor = mmfast.load_default(self.model)
         else:
-            model, processor = load_pretrained(self.model)
+            # The steps of a trained weight are often smaller than bfloat16 can tell; what stays as it is may stay so.
+            model, processor = load_pretrained(self.model, dtype="float32" if self.changes_model else None)
         return OBJECTIVES[self.kind](model, processor, self.source(), self.options)
 
     def source(self) -> Source:

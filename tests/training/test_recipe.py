@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import mmfast
 from mmfast.cli import main
@@ -83,6 +85,27 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
         Recipe.read(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="must say batch"):
         Recipe.of({"settings": {"steps": 1}})
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept"),
+    [
+        ({"kind": "supervised"}, False),
+        ({"kind": "voco"}, False),
+        ({"kind": "projector", "method": "m3_pool()", "keep": 16, "trained": "language"}, False),
+        ({"kind": "gates", "plan": "p_mod()"}, True),
+        ({"kind": "draft_head", "method": "medusa"}, True),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_a_model_that_learns_is_held_in_float32(objective: dict[str, Any], kept: bool, tmp_path: Path) -> None:
+    model, processor = mmfast.load_default(dtype="bfloat16")
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    processor.save_pretrained(tmp_path)
+    settings = {"steps": 1, "batch": 1}
+    built = Recipe.of({"model": {"path": str(tmp_path)}, "objective": objective, "settings": settings}).build()
+    assert {weight.dtype for weight in built.model.parameters()} == {torch.bfloat16 if kept else torch.float32}
+    assert {weight.dtype for weight in built.parameters() if weight.requires_grad} == {torch.float32}
 
 
 @pytest.mark.slow
