@@ -206,6 +206,9 @@ class WorldSource(Source):
 
     def _more(self, record: Record, number: int) -> Iterator[tuple[str, str]]:
         """Ask about the objects of a picture that nobody has asked about yet."""
+        if self.questions == 1:
+            # Some families are for clips alone, and one scene does not show what happens in a clip.
+            return
         rng = np.random.default_rng([self.seed, number])
         taken, asked = set(record.object_ids), {record.question}
         for _ in range(2 * self.questions):

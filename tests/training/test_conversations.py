@@ -124,6 +124,17 @@ def test_the_world_takes_families_in_turn() -> None:
     assert len(WorldSource(3).at(0).frames) == 3
 
 
+def test_clips_are_asked_which_way_something_moves() -> None:
+    source = WorldSource(3, families=["exist", "direction"])
+    assert [source.at(number).turns[0][1] in ("left", "right", "up", "down") for number in range(4)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert all(len(source.at(number).turns) == 1 for number in range(4))
+
+
 def test_several_questions_about_a_picture_are_about_different_objects() -> None:
     source = WorldSource(families=["color", "shape"], questions=6)
     lengths = []
