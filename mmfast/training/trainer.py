@@ -187,7 +187,8 @@ class _Run:
         self.last = {"step": step, "loss": float(total), **loss.figures, "rate": rate, "examples_per_second": speed}
         if self.accelerator.is_main_process:
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({name: _short(value) for name, value in self.last.items()}) + "\n")
+                line = {name: finite(float(f"{value:.6g}")) for name, value in self.last.items()}
+                log.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _cut_log(self, step: int) -> None:
         """Take out what was logged after the checkpoint that the run goes on from."""
@@ -226,10 +227,21 @@ def optimizer_of(objective: Objective, settings: Settings) -> torch.optim.Optimi
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """Read the log of a run, a dictionary per line; empty where there is none."""
+    """Read the log of a run, a dictionary per line, nan for what is not finite; empty where there is no log."""
     path = Path(folder) / LOG
     lines: Iterator[str] = iter(path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
-    return [json.loads(line) for line in lines]
+    found = [json.loads(line) for line in lines]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in found]
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON can hold it: None if it is not finite.
+
+    Example:
+        >>> finite(0.5), finite(math.nan)
+        (0.5, None)
+    """
+    return value if math.isfinite(value) else None
 
 
 def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
@@ -251,7 +263,3 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         # A line that was torn when the process was killed.
         return math.inf
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -16,7 +16,9 @@ import mmfast
 from mmfast.media import sample
 from mmfast.training.conversations import Conversation, ConversationFile, WorldSource
 from mmfast.training.objective import BadExample
+from mmfast.training.settings import Settings
 from mmfast.training.supervised import IGNORED, Supervised, encode
+from mmfast.training.trainer import train
 
 GOOD = {
     "image": "a.png",
@@ -105,8 +107,20 @@ def test_bad_entries_are_skipped_when_asked(folder: Path, caplog: pytest.LogCapt
 
 
 def test_no_good_entry_is_an_error(folder: Path) -> None:
-    with pytest.raises(BadExample, match="no entry can be used"):
+    with pytest.raises(ValueError, match="no entry can be used") as refused:
         ConversationFile(written(folder, "{broken"), on_bad="skip").at(0)
+    # A run that leaves out bad examples must not leave out all of its steps.
+    assert not isinstance(refused.value, BadExample)
+
+
+def test_too_many_bad_entries_end_a_run_that_skips_them(loaded: tuple[Any, Any], folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="training needs accelerate (extra train)")
+    source = ConversationFile(written(folder, GOOD, *["{broken"] * 150), on_bad="skip")
+    settings = Settings(steps=8, batch=16, on_bad="skip", log_every=1)
+    supervised = Supervised(*loaded, source, trained="projector")
+    with pytest.raises(ValueError, match="100 entries cannot be used"):
+        train(supervised, settings, folder / "run", progress=False)
+    assert not list((folder / "run").glob("*.safetensors"))
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,9 @@ def test_or_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         train(objective, replace(SETTINGS, on_bad="skip"), tmp_path, progress=False)
     assert "step 3: the loss is not finite" in caplog.text
+    logged = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] is None for line in logged].index(True) == 3
+    assert math.isnan(read_log(tmp_path)[3]["loss"])
     assert all(bool(w.isfinite().all()) for w in weights(objective))
 
 
