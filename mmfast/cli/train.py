@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
         objective,
         recipe.settings,
         options.out,
+        about=recipe.about,
         resume=not options.fresh,
         stop_after=options.stop_after,
         progress=sys.stderr.isatty(),

@@ -21,6 +21,7 @@ from mmfast.training.supervised import Supervised
 from mmfast.zoo import EMBEDDED, is_embedded
 
 _SECTIONS = ("model", "data", "objective", "settings")
+_PATHS = ("file", "media")
 
 Build = Callable[[Any, Any, Source, Mapping[str, Any]], Objective]
 
@@ -74,7 +75,7 @@ class Recipe:
                 raise ValueError(f"{name!r} names no field; write for example settings.steps")
             content.setdefault(section, {})[key] = value
         data = content.get("data", {})
-        for key in ("file", "media"):
+        for key in _PATHS:
             if key in data:
                 data[key] = str(path.parent / data[key])
         return cls.of(content)
@@ -100,6 +101,19 @@ class Recipe:
             if name not in settings:
                 raise ValueError(f"[settings] must say {name}")
         return cls(model.get("path", EMBEDDED), data, kind, objective, Settings(**settings))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides how the run goes, beside the settings: ``{"objective.kind": "voco", ...}``.
+
+        Example:
+            >>> Recipe.of({"data": {"world": True, "frames": 2}, "settings": {"steps": 5, "batch": 2}}).about
+            {'model.path': 'embedded', 'data.world': True, 'data.frames': 2, 'objective.kind': 'supervised'}
+        """
+        # The same file, wherever the command is given.
+        data = {key: str(Path(value).resolve()) if key in _PATHS else value for key, value in self.data.items()}
+        tables = {"model": {"path": self.model}, "data": data, "objective": {"kind": self.kind, **self.options}}
+        return {f"{table}.{name}": value for table, row in tables.items() for name, value in row.items()}
 
     @property
     def changes_model(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ def train(
     settings: Settings,
     folder: str | Path,
     *,
+    about: Mapping[str, Any] | None = None,
     resume: bool = True,
     stop_after: int | None = None,
     progress: bool = True,
@@ -45,6 +46,8 @@ def train(
         objective: what to learn.
         settings: the numbers of the run.
         folder: where everything is written; it is made.
+        about: what else decides how the run goes, such as its data, by name and as JSON can hold it. It is kept with
+            the checkpoints, and one that tells of something else is refused.
         resume: go on from the newest checkpoint in ``folder``, if there is one.
         stop_after: break off after so many steps of this call, with a checkpoint, as if the process had been
             stopped; None trains to the end.
@@ -55,16 +58,19 @@ def train(
 
     Raises:
         ImportError: if ``accelerate`` is missing; the extra ``mmfast[train]`` brings it.
-        ValueError: if nothing asks for gradients, the checkpoint belongs to other settings, or the loss is not
-            finite where the settings say to stop.
+        ValueError: if nothing asks for gradients, the checkpoint belongs to another run or another number of
+            processes, the processes do not share the folder, or the loss is not finite where the settings say to stop.
     """
-    return _Run(objective, settings, Path(folder), progress=progress).go(resume=resume, stop_after=stop_after)
+    run = _Run(objective, settings, Path(folder), about or {}, progress=progress)
+    return run.go(resume=resume, stop_after=stop_after)
 
 
 class _Run:
     """One run of the loop."""
 
-    def __init__(self, objective: Objective, settings: Settings, folder: Path, *, progress: bool) -> None:
+    def __init__(
+        self, objective: Objective, settings: Settings, folder: Path, about: Mapping[str, Any], *, progress: bool
+    ) -> None:
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         except ImportError as error:
@@ -77,6 +83,8 @@ class _Run:
         # The others wait while the first process exports and measures, or one of them writes the longest answers.
         patient = InitProcessGroupKwargs(timeout=_PATIENCE)
         self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused, patient])
+        # As a checkpoint will give it back: a tuple becomes a list.
+        self.about = json.loads(json.dumps({**about, "processes": self.accelerator.num_processes}))
         optimizer = optimizer_of(objective, settings)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -87,7 +95,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.objective.begin(self.folder, self.accelerator.process_index, self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
-        start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings) if resume else 0
+        start = self._found() if resume else 0
         if self.accelerator.is_main_process:
             checkpoints.cut(self.folder, start)
             self._cut_log(start)
@@ -111,6 +119,19 @@ class _Run:
             self.last = {**self.last, **self.objective.evaluate(self.folder)}
         self.accelerator.wait_for_everyone()
         return self.last
+
+    def _found(self) -> int:
+        """Read the newest checkpoint, which must be the same for all processes, and return its step."""
+        start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings, self.about)
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.gather(torch.tensor([start], device=self.accelerator.device)).tolist()
+            if len(set(found)) > 1:
+                listed = ", ".join(str(step) for step in found)
+                raise ValueError(
+                    f"the processes found checkpoints of steps {listed} in {self.folder}; give a folder that all of "
+                    "them share"
+                )
+        return start
 
     def _step(self, step: int) -> Loss:
         settings, world = self.settings, self.accelerator.num_processes
@@ -199,7 +220,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            checkpoints.save(self.folder, step, self.objective, self.optimizer.optimizer, self.settings)
+            optimizer = self.optimizer.optimizer
+            checkpoints.save(self.folder, step, self.objective, optimizer, self.settings, self.about)
         self.accelerator.wait_for_everyone()
 
 

@@ -58,6 +58,16 @@ def test_the_command_trains_and_goes_on(recipe: Path, tmp_path: Path, capsys: py
     assert type(model) is type(mmfast.load_default()[0])
 
 
+def test_another_recipe_does_not_go_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", str(recipe), "--out", str(tmp_path / "out"), "--stop-after", "1"]
+    assert main(command) == 0
+    assert main([*command, "--set", "objective.plan=uniform(keep=16)"]) == 2
+    assert "objective.plan='uniform(keep=32)' (now 'uniform(keep=16)')" in capsys.readouterr().err
+    assert main([*command, "--set", "data.families=['shape']"]) == 2
+    assert "data.families=['color'] (now ['shape'])" in capsys.readouterr().err
+    assert main(command) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
