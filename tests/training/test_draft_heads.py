@@ -184,6 +184,27 @@ def test_a_run_that_goes_on_does_not_ask_again(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(forgetful.at(1).laws, forgetful.at(1).laws)
 
 
+def test_answers_of_a_run_that_was_killed_are_not_continued_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_heads_answers, "BLOCK", 2)
+    options = replace(SHORT, prompts=4, new_tokens=4)
+
+    def killed(*arguments: Any) -> Any:
+        if 2 in arguments[3]:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(draft_heads_answers, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Answers(*demo(), WorldSource(), options).collect(tmp_path)
+    with pytest.raises(ValueError, match=r"sampled=0.3 \(now 0.0\)"):
+        Answers(*demo(), WorldSource(), replace(options, sampled=0.0)).collect(tmp_path)
+    (tmp_path / "answers" / "options.json").unlink()
+    with pytest.raises(ValueError, match=r"holds answers but no options\.json"):
+        Answers(*demo(), WorldSource(), options).collect(tmp_path)
+
+
 def test_answers_to_other_questions_are_refused(written: Path) -> None:
     other = Answers(*demo(), WorldSource(families=["shape"], seed=3), SHORT)
     other.collect(written)
