@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mmfast
 from mmfast.training.conversations import Source
 from mmfast.training.objective import IGNORED, Loss
+from mmfast.training.settings import is_number
 from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, encode, save_part
 
 # Conversations among which a picture is looked for; reading them takes time.
@@ -67,7 +68,7 @@ class Projectors(Supervised):
     ) -> None:
         if per_step not in ("all", "one"):
             raise ValueError(f"per_step={per_step!r} must be 'all' or 'one'")
-        if not model_rate > 0:
+        if not is_number(model_rate) or not model_rate > 0:
             raise ValueError(f"model_rate={model_rate!r} must be above 0; trained='plan' leaves the model as it is")
         super().__init__(model, processor, source, trained=trained)
         self.per_step, self.model_rate = per_step, model_rate
