@@ -42,6 +42,10 @@ def run(options: argparse.Namespace) -> None:
         stop_after=options.stop_after,
         progress=sys.stderr.isatty(),
     )
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if options.json:
         common.write_json({"out": str(options.out), **{name: finite(value) for name, value in figures.items()}})
         return

@@ -54,7 +54,7 @@ def train(
         progress: show a progress bar, in the first process.
 
     Returns:
-        The figures of the last line of the log and, at the end, of what was exported.
+        The figures of the last line of the log and, at the end, of what was exported; whole in the first process alone.
 
     Raises:
         ImportError: if ``accelerate`` is missing; the extra ``mmfast[train]`` brings it.
@@ -178,10 +178,10 @@ class _Run:
         if not self._all(fine):
             return [], []
         weights = [self.objective.weight(batch) for batch in batches]
-        total = sum(weights) or 1.0
+        total = sum(weights)
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "sum"))
-        return batches, [weight / total for weight in weights]
+        return batches, [weight / (total or 1.0) for weight in weights]
 
     def _all(self, fine: bool) -> bool:
         """Say whether all processes can go on; they do, or stop, together."""
@@ -201,7 +201,7 @@ class _Run:
     def _log(self, step: int, loss: Loss, seen: int, seconds: float) -> None:
         total = loss.total.detach().float()
         if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="mean")
+            total = self.accelerator.reduce(total, reduction="sum")
         examples = seen * self.settings.batch * self.accelerator.num_processes
         rate = self.settings.rate_at(step - 1) * self.peaks[0]
         speed = examples / max(seconds, 1e-9)
@@ -267,8 +267,9 @@ def finite(value: float) -> float | None:
 
 
 def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
+    """Return what a process adds to the loss of a step, and the means of its figures."""
     if len(losses) == 1:
-        return losses[0]
+        return Loss(losses[0].total.detach() * weights[0], losses[0].figures)
     found: dict[str, list[tuple[float, float]]] = {}
     for loss, weight in zip(losses, weights, strict=True):
         for name, value in loss.figures.items():
@@ -276,7 +277,7 @@ def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
     # A figure may be known of some of the passes only.
     figures = {name: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for name, pairs in found.items()}
     totals = torch.stack([loss.total.detach() * weight for loss, weight in zip(losses, weights, strict=True)])
-    return Loss(totals.sum() / sum(weights), figures)
+    return Loss(totals.sum(), figures)
 
 
 def _step_of(line: str) -> float:

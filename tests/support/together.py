@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -39,6 +39,9 @@ class Uneven(Objective):
         """Write nothing: checkpoints hold the weights."""
 
 
+ACCUMULATED = (1, 2)
+
+
 def settings(accumulate: int = 1) -> Settings:
     """Return settings under which a step depends on the size of the gradient."""
     return Settings(
@@ -46,14 +49,11 @@ def settings(accumulate: int = 1) -> Settings:
     )
 
 
-def main() -> None:
-    """Train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--accumulate", type=int, default=1)
-    options = parser.parse_args()
-    train(Uneven(), settings(options.accumulate), options.folder, progress=False)
+def main(folder: str) -> None:
+    """Train with one pass a step, and with several."""
+    for accumulate in ACCUMULATED:
+        train(Uneven(), settings(accumulate), Path(folder) / str(accumulate), progress=False)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

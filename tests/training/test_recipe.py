@@ -58,6 +58,15 @@ def test_the_command_trains_and_goes_on(recipe: Path, tmp_path: Path, capsys: py
     assert type(model) is type(mmfast.load_default()[0])
 
 
+def test_the_first_process_alone_says_what_came_of_it(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    for words in ([], ["--json"]):
+        assert main(["train", str(recipe), "--out", str(tmp_path), "--stop-after", "1", *words]) == 0
+        assert capsys.readouterr().out == ""
+
+
 def test_another_recipe_does_not_go_on(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train", str(recipe), "--out", str(tmp_path / "out"), "--stop-after", "1"]
     assert main(command) == 0
@@ -174,4 +183,6 @@ def test_two_processes_train_together(recipe: Path, tmp_path: Path) -> None:
     words = ["train", str(recipe), "--out", str(tmp_path / "two")]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished") == 1
+    assert "broken off" not in done.stdout
     assert [line["step"] for line in read_log(tmp_path / "two")] == [1, 2, 3]
