@@ -323,7 +323,8 @@ def _spare(projection: nn.Module, rows: Tensor | None, ledger: Ledger) -> None:
         if rows is None:
             return output
         every = torch.arange(batch, device=hidden.device)
-        return output.index_put((every, rows), whole(hidden[every, rows]))
+        # Under autocast a projection gives another type than it reads.
+        return output.index_put((every, rows), whole(hidden[every, rows]).to(output.dtype))
 
     ledger.set_attribute(projection, "forward", on_rows)
 

@@ -297,7 +297,9 @@ def run_world(options: argparse.Namespace) -> dict[str, Any]:
     )
     folder = options.work / f"world-{name.replace(' ', '-')}-{options.steps}-{options.seed}"
     began = time.process_time()
-    figures = train(objective, settings, folder, progress=False, stop_after=options.stop_after)
+    # A run of the same name that saw other data, or other counts, must not be taken for this one.
+    about = {"turns": options.turns, "tokens": options.tokens, "families": options.families}
+    figures = train(objective, settings, folder, about=about, progress=False, stop_after=options.stop_after)
     row: dict[str, Any] = {"steps": options.steps, "batch": 8, "learning_rate": options.rate, "seed": options.seed}
     row |= {"counts_drawn": options.tokens, "questions_per_picture": options.turns}
     row |= {"cpu_seconds": round(time.process_time() - began, 1), "last_loss": round(figures["loss"], 4)}

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Train, then say where the result is."""
     from mmfast.training.recipe import Recipe
-    from mmfast.training.trainer import train
+    from mmfast.training.trainer import finite, train
 
     if options.stop_after is not None:
         common.check_numbers(options, "stop_after")
@@ -37,12 +37,17 @@ def run(options: argparse.Namespace) -> None:
         objective,
         recipe.settings,
         options.out,
+        about=recipe.about,
         resume=not options.fresh,
         stop_after=options.stop_after,
         progress=sys.stderr.isatty(),
     )
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if options.json:
-        common.write_json({"out": str(options.out), **figures})
+        common.write_json({"out": str(options.out), **{name: finite(value) for name, value in figures.items()}})
         return
     done = figures.get("step") == recipe.settings.steps
     state = "finished" if done else "broken off; the same command goes on"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ KEPT = 2
 
 _NAME = re.compile(r"step-(\d+)")
 # What may differ between a run and the one that goes on from it.
-_FREE = ("checkpoint_every", "log_every", "on_bad")
+_FREE = ("checkpoint_every", "log_every", "on_bad", "objective.held_out", "objective.memory")
 
 
-def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    about: Mapping[str, Any],
+) -> Path:
     """Write a checkpoint beside the earlier ones, whole or not at all, and delete the oldest."""
     home = folder / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
@@ -34,7 +42,8 @@ def save(folder: Path, step: int, objective: Objective, optimizer: torch.optim.O
     fresh.mkdir()
     save_file({name: value.contiguous() for name, value in _weights(objective).items()}, fresh / "weights.safetensors")
     save_file(_optimizer_tensors(optimizer), fresh / "optimizer.safetensors")
-    (fresh / "run.json").write_text(json.dumps({"step": step, "settings": asdict(settings)}), encoding="utf-8")
+    run = {"step": step, "settings": asdict(settings), "about": dict(about)}
+    (fresh / "run.json").write_text(json.dumps(run), encoding="utf-8")
     shutil.rmtree(place, ignore_errors=True)
     fresh.rename(place)
     for old in found(folder)[:-KEPT]:
@@ -55,25 +64,40 @@ def cut(folder: Path, step: int) -> None:
             shutil.rmtree(place)
 
 
-def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings) -> int:
+def load(
+    folder: Path,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    about: Mapping[str, Any],
+) -> int:
     """Read the newest checkpoint.
+
+    Args:
+        folder: of the run.
+        objective: gets the weights.
+        optimizer: gets its state.
+        settings: the numbers of the run.
+        about: what else the run depends on, by name, as JSON gives it back.
 
     Returns:
         The step to go on from; 0 where there is no checkpoint.
 
     Raises:
-        ValueError: if it was written under other settings or for another objective.
+        ValueError: if it was written under other settings, of another run or for another objective.
     """
     places = found(folder)
     if not places:
         return 0
     run: dict[str, Any] = json.loads((places[-1] / "run.json").read_text(encoding="utf-8"))
-    mine = asdict(settings)
+    # Early checkpoints tell their settings alone.
+    stored = run.get("about", about)
+    mine = {**asdict(settings), **about}
     # A setting that is younger than the checkpoint was at its default.
-    theirs = {**{field.name: field.default for field in fields(settings)}, **run["settings"]}
-    differing = [n for n in mine if n not in _FREE and theirs[n] != mine[n]]
+    theirs = {**{field.name: field.default for field in fields(settings)}, **run["settings"], **stored}
+    differing = [n for n in {**mine, **stored} if n not in _FREE and _told(n, theirs) != _told(n, mine)]
     if differing:
-        listed = ", ".join(f"{n}={theirs[n]!r} (now {mine[n]!r})" for n in differing)
+        listed = ", ".join(f"{n}={_told(n, theirs)} (now {_told(n, mine)})" for n in differing)
         raise ValueError(
             f"the checkpoint {places[-1]} was written with {listed}; train into another folder, or take those settings"
         )
@@ -86,6 +110,10 @@ def load(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer, s
             own[name].copy_(value)
     _restore(optimizer, load_file(places[-1] / "optimizer.safetensors"))
     return int(run["step"])
+
+
+def _told(name: str, known: Mapping[str, Any]) -> str:
+    return repr(known[name]) if name in known else "not given"
 
 
 def _weights(objective: Objective) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from mmfast.adapters import add_compression_tokens
 from mmfast.training.conversations import Source
 from mmfast.training.objective import IGNORED, Loss
+from mmfast.training.settings import is_number
 from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, encode
 
 
@@ -68,13 +69,13 @@ class Compression(Supervised):
         temperature: float = 1.0,
         trained: Trained = "language+projector",
     ) -> None:
-        counts = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-        if not counts or any(isinstance(count, bool) or count < 1 for count in counts):
+        counts = tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
+        if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
             raise ValueError(f"tokens={tokens!r} must be an int of at least 1, or several")
         if loss not in ("ce", "ce+kd"):
             raise ValueError(f"loss={loss!r} must be 'ce' or 'ce+kd'")
         for name, value in (("kd_weight", kd_weight), ("temperature", temperature)):
-            if not 0 < value < float("inf"):
+            if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a finite number above 0")
         # Before the token is added: the teacher does not know it, and is not shown it.
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if loss == "ce+kd" else None

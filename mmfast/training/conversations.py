@@ -103,7 +103,12 @@ class ConversationFile(Source):
         return len(self._entries)
 
     def at(self, number: int) -> Conversation:
-        """Return the conversation of a number; after a bad one comes the next good one of the same pass."""
+        """Return the conversation of a number; after a bad one comes the next good one of the same pass.
+
+        Raises:
+            BadExample: if it cannot be used and bad ones are not skipped.
+            ValueError: if too many, or all, cannot be used.
+        """
         turn, place = divmod(number, len(self._entries))
         entries = order(self.seed, turn, len(self._entries))
         for step in range(len(entries)):
@@ -118,10 +123,11 @@ class ConversationFile(Source):
                 self._bad.add(index)
                 logger.warning("%s; it is left out", error)
                 if len(self._bad) >= _MOST_BAD:
-                    raise BadExample(
+                    # No BadExample: a run that skips those would skip every step from here on.
+                    raise ValueError(
                         f"{self.path}: {_MOST_BAD} entries cannot be used, the last one: {error}"
                     ) from None
-        raise BadExample(f"{self.path}: no entry can be used")
+        raise ValueError(f"{self.path}: no entry can be used")
 
     def _read(self) -> list[tuple[int, str]]:
         """Return line number and text of each entry."""
@@ -206,6 +212,9 @@ class WorldSource(Source):
 
     def _more(self, record: Record, number: int) -> Iterator[tuple[str, str]]:
         """Ask about the objects of a picture that nobody has asked about yet."""
+        if self.questions == 1:
+            # Some families are for clips alone, and one scene does not show what happens in a clip.
+            return
         rng = np.random.default_rng([self.seed, number])
         taken, asked = set(record.object_ids), {record.question}
         for _ in range(2 * self.questions):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import mmfast
 from mmfast.training.conversations import Source
 from mmfast.training.objective import Loss
+from mmfast.training.settings import is_number
 from mmfast.training.supervised import Supervised, Taught, Trained, save_part
 
 
@@ -54,7 +55,7 @@ class Gates(Supervised):
         trained: Trained = "plan",
         model_rate: float = 1.0,
     ) -> None:
-        if not model_rate > 0:
+        if not is_number(model_rate) or not model_rate > 0:
             raise ValueError(f"model_rate={model_rate!r} must be above 0; trained='plan' leaves the model as it is")
         super().__init__(model, processor, source, plan=plan, trained=trained)
         self.model_rate = model_rate

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 import mmfast
 from mmfast.training.conversations import Source
 from mmfast.training.objective import IGNORED, Loss
-from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, save_part
+from mmfast.training.settings import is_number
+from mmfast.training.supervised import Supervised, Taught, Trained, answer_loss, encode, save_part
+
+# Conversations among which a picture is looked for; reading them takes time.
+_LOOKED_THROUGH = 200
 
 
 class Projectors(Supervised):
@@ -64,7 +68,7 @@ class Projectors(Supervised):
     ) -> None:
         if per_step not in ("all", "one"):
             raise ValueError(f"per_step={per_step!r} must be 'all' or 'one'")
-        if not model_rate > 0:
+        if not is_number(model_rate) or not model_rate > 0:
             raise ValueError(f"model_rate={model_rate!r} must be above 0; trained='plan' leaves the model as it is")
         super().__init__(model, processor, source, trained=trained)
         self.per_step, self.model_rate = per_step, model_rate
@@ -128,7 +132,14 @@ class Projectors(Supervised):
         first = self.methods[0]
         if not hasattr(first, "trained_parts"):
             return []
-        shown = super().batch(0, 0, 1, 1)
+        talks = (self.source.at(number) for number in range(_LOOKED_THROUGH))
+        pictured = next((talk for talk in talks if talk.images or talk.frames), None)
+        if pictured is None:
+            raise ValueError(
+                f"the data hold no pictures in their first {_LOOKED_THROUGH} conversations; {first.name!r} learns from "
+                "pictures"
+            )
+        shown = encode(self.processor, [pictured])
         with torch.no_grad():
             for method in self.methods:
                 self._answers(shown, method, 0.0)

@@ -21,6 +21,9 @@ from mmfast.training.supervised import Supervised
 from mmfast.zoo import EMBEDDED, is_embedded
 
 _SECTIONS = ("model", "data", "objective", "settings")
+_PATHS = ("file", "media")
+# Fields of [data], by the kind of data they belong to.
+_FILE, _WORLD = (*_PATHS, "frames"), ("world", "frames", "families", "questions")
 
 Build = Callable[[Any, Any, Source, Mapping[str, Any]], Objective]
 
@@ -54,12 +57,14 @@ class Recipe:
         """Read a TOML file.
 
         Args:
-            path: the file; paths in it are relative to its folder.
-            changes: values that take the place of those in it, as ``{"settings.steps": 10}``.
+            path: the file; paths of data in it are relative to its folder.
+            changes: values that take the place of those in it, as ``{"settings.steps": 10}``; paths of data are
+                relative to the working folder. ``data.file`` takes the place of the rendered world with all that is
+                said of it, and ``data.world`` that of a file.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is no TOML or says what no recipe says.
+            ValueError: if it is no TOML or says what no recipe says, or a value that no field can have.
         """
         path = Path(path)
         if not path.is_file():
@@ -68,15 +73,19 @@ class Recipe:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no TOML: {error}") from None
-        for name, value in (changes or {}).items():
+        changes = changes or {}
+        data = content.get("data", {})
+        for key in _PATHS:
+            if isinstance(data.get(key), str):
+                data[key] = str(path.parent / data[key])
+        replaced = _WORLD if "data.file" in changes else _PATHS if changes.get("data.world") is True else ()
+        for key in set(replaced) - {"frames"}:
+            data.pop(key, None)
+        for name, value in changes.items():
             section, _, key = name.partition(".")
             if section not in _SECTIONS or not key:
                 raise ValueError(f"{name!r} names no field; write for example settings.steps")
             content.setdefault(section, {})[key] = value
-        data = content.get("data", {})
-        for key in ("file", "media"):
-            if key in data:
-                data[key] = str(path.parent / data[key])
         return cls.of(content)
 
     @classmethod
@@ -84,13 +93,14 @@ class Recipe:
         """Check the content of a recipe.
 
         Raises:
-            ValueError: naming the field that is unknown or missing, with the nearest known ones.
+            ValueError: naming the field that is unknown, with the nearest known one, missing, or of no legal value.
         """
         _known(content, _SECTIONS, "section")
         model = content.get("model", {})
         _known(model, ("path",), "field of [model]")
+        _check_type("path", model.get("path", EMBEDDED), str, "a text")
         data = content.get("data", {"world": True})
-        _known(data, ("file", "media", "frames", "world", "families", "questions"), "field of [data]")
+        _check_data(data)
         objective = dict(content.get("objective", {}))
         kind = objective.pop("kind", "supervised")
         _known({kind: 0}, tuple(OBJECTIVES), "kind of objective")
@@ -101,30 +111,56 @@ class Recipe:
                 raise ValueError(f"[settings] must say {name}")
         return cls(model.get("path", EMBEDDED), data, kind, objective, Settings(**settings))
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides how the run goes, beside the settings: ``{"objective.kind": "voco", ...}``.
+
+        Example:
+            >>> Recipe.of({"data": {"world": True, "frames": 2}, "settings": {"steps": 5, "batch": 2}}).about
+            {'model.path': 'embedded', 'data.world': True, 'data.frames': 2, 'objective.kind': 'supervised'}
+        """
+        # The same file, wherever the command is given.
+        data = {key: str(Path(value).resolve()) if key in _PATHS else value for key, value in self.data.items()}
+        tables = {"model": {"path": self.model}, "data": data, "objective": {"kind": self.kind, **self.options}}
+        return {f"{table}.{name}": value for table, row in tables.items() for name, value in row.items()}
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether weights of the model itself learn, and not only parts beside it."""
+        beside = self.kind in ("draft_head", "gates", "projector")
+        return bool(self.options.get("trained", "plan" if beside else "all") != "plan")
+
     def build(self) -> Objective:
-        """Load the model and the data, and make the objective."""
+        """Load the model and the data, and make the objective.
+
+        A model that learns does so in float32, whatever its file holds; mixed precision is a matter of
+        ``settings.precision``.
+        """
         import mmfast
         from mmfast.adapters import load_pretrained
 
         if is_embedded(self.model):
             model, processor = mmfast.load_default(self.model)
         else:
-            model, processor = load_pretrained(self.model)
+            # The steps of a trained weight are often smaller than bfloat16 can tell; what stays as it is may stay so.
+            model, processor = load_pretrained(self.model, dtype="float32" if self.changes_model else None)
         return OBJECTIVES[self.kind](model, processor, self.source(), self.options)
 
     def source(self) -> Source:
         """Open the data."""
-        frames = self.data.get("frames")
         if "file" in self.data:
             return ConversationFile(
                 self.data["file"],
                 self.data.get("media"),
-                frames=frames or 8,
+                frames=self.data.get("frames", 8),
                 seed=self.settings.seed,
                 on_bad=self.settings.on_bad,
             )
         return WorldSource(
-            frames or 1, self.data.get("families"), self.settings.seed, questions=self.data.get("questions", 1)
+            self.data.get("frames", 1),
+            self.data.get("families"),
+            self.settings.seed,
+            questions=self.data.get("questions", 1),
         )
 
 
@@ -168,6 +204,33 @@ OBJECTIVES: dict[str, Build] = {
     "voco": _voco,
 }
 """Kind of objective -> what makes it from model, processor, data and options."""
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    """Refuse data that are of no kind or of both, and values that no field can have."""
+    _known(data, tuple(dict.fromkeys((*_FILE, *_WORLD))), "field of [data]")
+    world = data.get("world", False)
+    _check_type("world", world, bool, "true or false")
+    if world is ("file" in data):
+        raise ValueError(f"[data] must say either file or world = true, not {'both' if world else 'neither'}")
+    for name in data:
+        if name not in (_WORLD if world else ("world", *_FILE)):
+            raise ValueError(
+                f"{name}={data[name]!r} is of no use for {'the world' if world else 'a file'}; leave it out"
+            )
+    for name in {*_PATHS} & {*data}:
+        _check_type(name, data[name], str, "a path")
+    for name in {"frames", "questions"} & {*data}:
+        if isinstance(data[name], bool) or not isinstance(data[name], int) or data[name] < 1:
+            raise ValueError(f"{name}={data[name]!r} must be an int of at least 1")
+    families = data.get("families", [])
+    if not isinstance(families, list | tuple) or not all(isinstance(family, str) for family in families):
+        raise ValueError(f"families={families!r} must be a list of names")
+
+
+def _check_type(name: str, value: object, kind: type, legal: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} must be {legal}")
 
 
 def _known(found: Mapping[str, Any], legal: tuple[str, ...], what: str) -> None:

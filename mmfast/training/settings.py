@@ -68,13 +68,14 @@ class Settings:
                 raise ValueError(f"{name}={value!r} must be an int of at least {bound}")
         for name in ("learning_rate", "other_rate", "weight_decay", "clip", "clip_value"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
         for name in ("decay_from", "final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1")
-        if not 0 <= self.adam_beta2 < 1:
-            raise ValueError(f"adam_beta2={self.adam_beta2!r} must be at least 0 and below 1")
+            value = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be a number between 0 and 1")
+        if not is_number(self.adam_beta2) or not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2={self.adam_beta2!r} must be a number of at least 0 and below 1")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} must divide batch={self.batch}")
         choices = {
@@ -97,3 +98,13 @@ class Settings:
         done = min(1.0, (step - begin) / max(1.0, self.steps - begin))
         falling = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.final + (1 - self.final) * falling
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value counts as a number; booleans do not, though Python thinks so.
+
+    Example:
+        >>> is_number(2), is_number("2"), is_number(True)
+        (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool)

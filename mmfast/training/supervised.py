@@ -204,13 +204,23 @@ def _pieces(processor: Any, conversation: Conversation) -> Iterator[tuple[str, b
         messages.append(_said("assistant", answer))
         whole = _rendered(processor, messages, opened=False)
         written = _without(whole, prompt, conversation)
-        stop = written.rfind(answer.strip()) + len(answer.strip())
-        if stop < len(answer.strip()):
+        # The first occurrence: the token that closes an answer may contain its letters.
+        start = written.find(answer.strip())
+        if start < 0:
             raise BadExample(f"{conversation.where}: the chat template does not write the answer {answer!r} as it is")
-        rest = written[stop:]
-        close = stop + (rest.find(end) + len(end) if end and end in rest else 0)
+        stop = start + len(answer.strip())
+        close = stop + _length_of_end(processor.tokenizer, written[stop:])
         yield written[:close] if close > stop else written[:stop] + end, True
         before = whole[: len(prompt) + close]
+
+
+def _length_of_end(tokenizer: Any, rest: str) -> int:
+    """Count the characters up to the special token that closes an answer; 0 if the template writes none behind it."""
+    # Models that chat may close with another token than that of the end of a text.
+    known = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    begun = rest.lstrip()
+    found = max((len(token) for token in known if begun.startswith(token)), default=0)
+    return len(rest) - len(begun) + found if found else 0
 
 
 def _has_template(processor: Any) -> bool:

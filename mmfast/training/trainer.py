@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ def train(
     settings: Settings,
     folder: str | Path,
     *,
+    about: Mapping[str, Any] | None = None,
     resume: bool = True,
     stop_after: int | None = None,
     progress: bool = True,
@@ -45,26 +46,31 @@ def train(
         objective: what to learn.
         settings: the numbers of the run.
         folder: where everything is written; it is made.
+        about: what else decides how the run goes, such as its data, by name and as JSON can hold it. It is kept with
+            the checkpoints, and one that tells of something else is refused.
         resume: go on from the newest checkpoint in ``folder``, if there is one.
         stop_after: break off after so many steps of this call, with a checkpoint, as if the process had been
             stopped; None trains to the end.
         progress: show a progress bar, in the first process.
 
     Returns:
-        The figures of the last line of the log and, at the end, of what was exported.
+        The figures of the last line of the log and, at the end, of what was exported; whole in the first process alone.
 
     Raises:
         ImportError: if ``accelerate`` is missing; the extra ``mmfast[train]`` brings it.
-        ValueError: if nothing asks for gradients, the checkpoint belongs to other settings, or the loss is not
-            finite where the settings say to stop.
+        ValueError: if nothing asks for gradients, the checkpoint belongs to another run or another number of
+            processes, the processes do not share the folder, or the loss is not finite where the settings say to stop.
     """
-    return _Run(objective, settings, Path(folder), progress=progress).go(resume=resume, stop_after=stop_after)
+    run = _Run(objective, settings, Path(folder), about or {}, progress=progress)
+    return run.go(resume=resume, stop_after=stop_after)
 
 
 class _Run:
     """One run of the loop."""
 
-    def __init__(self, objective: Objective, settings: Settings, folder: Path, *, progress: bool) -> None:
+    def __init__(
+        self, objective: Objective, settings: Settings, folder: Path, about: Mapping[str, Any], *, progress: bool
+    ) -> None:
         try:
             from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         except ImportError as error:
@@ -77,6 +83,8 @@ class _Run:
         # The others wait while the first process exports and measures, or one of them writes the longest answers.
         patient = InitProcessGroupKwargs(timeout=_PATIENCE)
         self.accelerator = Accelerator(mixed_precision=settings.precision, kwargs_handlers=[unused, patient])
+        # As a checkpoint will give it back: a tuple becomes a list.
+        self.about = json.loads(json.dumps({**about, "processes": self.accelerator.num_processes}))
         optimizer = optimizer_of(objective, settings)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = self.accelerator.prepare(objective, optimizer)
@@ -87,7 +95,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.objective.begin(self.folder, self.accelerator.process_index, self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
-        start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings) if resume else 0
+        start = self._found() if resume else 0
         if self.accelerator.is_main_process:
             checkpoints.cut(self.folder, start)
             self._cut_log(start)
@@ -111,6 +119,19 @@ class _Run:
             self.last = {**self.last, **self.objective.evaluate(self.folder)}
         self.accelerator.wait_for_everyone()
         return self.last
+
+    def _found(self) -> int:
+        """Read the newest checkpoint, which must be the same for all processes, and return its step."""
+        start = checkpoints.load(self.folder, self.objective, self.optimizer.optimizer, self.settings, self.about)
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.gather(torch.tensor([start], device=self.accelerator.device)).tolist()
+            if len(set(found)) > 1:
+                listed = ", ".join(str(step) for step in found)
+                raise ValueError(
+                    f"the processes found checkpoints of steps {listed} in {self.folder}; give a folder that all of "
+                    "them share"
+                )
+        return start
 
     def _step(self, step: int) -> Loss:
         settings, world = self.settings, self.accelerator.num_processes
@@ -157,10 +178,10 @@ class _Run:
         if not self._all(fine):
             return [], []
         weights = [self.objective.weight(batch) for batch in batches]
-        total = sum(weights) or 1.0
+        total = sum(weights)
         if world > 1:
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.accelerator.device), "sum"))
-        return batches, [weight / total for weight in weights]
+        return batches, [weight / (total or 1.0) for weight in weights]
 
     def _all(self, fine: bool) -> bool:
         """Say whether all processes can go on; they do, or stop, together."""
@@ -180,14 +201,15 @@ class _Run:
     def _log(self, step: int, loss: Loss, seen: int, seconds: float) -> None:
         total = loss.total.detach().float()
         if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="mean")
+            total = self.accelerator.reduce(total, reduction="sum")
         examples = seen * self.settings.batch * self.accelerator.num_processes
         rate = self.settings.rate_at(step - 1) * self.peaks[0]
         speed = examples / max(seconds, 1e-9)
         self.last = {"step": step, "loss": float(total), **loss.figures, "rate": rate, "examples_per_second": speed}
         if self.accelerator.is_main_process:
             with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({name: _short(value) for name, value in self.last.items()}) + "\n")
+                line = {name: finite(float(f"{value:.6g}")) for name, value in self.last.items()}
+                log.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _cut_log(self, step: int) -> None:
         """Take out what was logged after the checkpoint that the run goes on from."""
@@ -198,7 +220,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            checkpoints.save(self.folder, step, self.objective, self.optimizer.optimizer, self.settings)
+            optimizer = self.optimizer.optimizer
+            checkpoints.save(self.folder, step, self.objective, optimizer, self.settings, self.about)
         self.accelerator.wait_for_everyone()
 
 
@@ -226,15 +249,27 @@ def optimizer_of(objective: Objective, settings: Settings) -> torch.optim.Optimi
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """Read the log of a run, a dictionary per line; empty where there is none."""
+    """Read the log of a run, a dictionary per line, nan for what is not finite; empty where there is no log."""
     path = Path(folder) / LOG
     lines: Iterator[str] = iter(path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
-    return [json.loads(line) for line in lines]
+    found = [json.loads(line) for line in lines]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in found]
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON can hold it: None if it is not finite.
+
+    Example:
+        >>> finite(0.5), finite(math.nan)
+        (0.5, None)
+    """
+    return value if math.isfinite(value) else None
 
 
 def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
+    """Return what a process adds to the loss of a step, and the means of its figures."""
     if len(losses) == 1:
-        return losses[0]
+        return Loss(losses[0].total.detach() * weights[0], losses[0].figures)
     found: dict[str, list[tuple[float, float]]] = {}
     for loss, weight in zip(losses, weights, strict=True):
         for name, value in loss.figures.items():
@@ -242,7 +277,7 @@ def _averaged(losses: list[Loss], weights: list[float]) -> Loss:
     # A figure may be known of some of the passes only.
     figures = {name: sum(v * w for v, w in pairs) / sum(w for _, w in pairs) for name, pairs in found.items()}
     totals = torch.stack([loss.total.detach() * weight for loss, weight in zip(losses, weights, strict=True)])
-    return Loss(totals.sum() / sum(weights), figures)
+    return Loss(totals.sum(), figures)
 
 
 def _step_of(line: str) -> float:
@@ -251,7 +286,3 @@ def _step_of(line: str) -> float:
     except (ValueError, KeyError, TypeError):
         # A line that was torn when the process was killed.
         return math.inf
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

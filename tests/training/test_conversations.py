@@ -16,7 +16,9 @@ import mmfast
 from mmfast.media import sample
 from mmfast.training.conversations import Conversation, ConversationFile, WorldSource
 from mmfast.training.objective import BadExample
+from mmfast.training.settings import Settings
 from mmfast.training.supervised import IGNORED, Supervised, encode
+from mmfast.training.trainer import train
 
 GOOD = {
     "image": "a.png",
@@ -105,8 +107,20 @@ def test_bad_entries_are_skipped_when_asked(folder: Path, caplog: pytest.LogCapt
 
 
 def test_no_good_entry_is_an_error(folder: Path) -> None:
-    with pytest.raises(BadExample, match="no entry can be used"):
+    with pytest.raises(ValueError, match="no entry can be used") as refused:
         ConversationFile(written(folder, "{broken"), on_bad="skip").at(0)
+    # A run that leaves out bad examples must not leave out all of its steps.
+    assert not isinstance(refused.value, BadExample)
+
+
+def test_too_many_bad_entries_end_a_run_that_skips_them(loaded: tuple[Any, Any], folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="training needs accelerate (extra train)")
+    source = ConversationFile(written(folder, GOOD, *["{broken"] * 150), on_bad="skip")
+    settings = Settings(steps=8, batch=16, on_bad="skip", log_every=1)
+    supervised = Supervised(*loaded, source, trained="projector")
+    with pytest.raises(ValueError, match="100 entries cannot be used"):
+        train(supervised, settings, folder / "run", progress=False)
+    assert not list((folder / "run").glob("*.safetensors"))
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
@@ -122,6 +136,17 @@ def test_the_world_takes_families_in_turn() -> None:
     assert "color" in source.at(2).where
     assert source.at(5).turns == WorldSource(families=["color", "size"]).at(5).turns
     assert len(WorldSource(3).at(0).frames) == 3
+
+
+def test_clips_are_asked_which_way_something_moves() -> None:
+    source = WorldSource(3, families=["exist", "direction"])
+    assert [source.at(number).turns[0][1] in ("left", "right", "up", "down") for number in range(4)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert all(len(source.at(number).turns) == 1 for number in range(4))
 
 
 def test_several_questions_about_a_picture_are_about_different_objects() -> None:
@@ -170,6 +195,31 @@ def test_only_answers_are_learned(loaded: tuple[Any, Any]) -> None:
     learned = taught.labels != IGNORED
     assert torch.equal(taught.labels[learned], taught.inputs["input_ids"][learned])
     assert bool(taught.inputs["attention_mask"][learned].all())
+
+
+def test_an_answer_of_the_letters_of_its_end_is_learned_whole(loaded: tuple[Any, Any]) -> None:
+    _, processor = loaded
+    talk = Conversation((("which letter is it?", "s"), ("and now?", "s")))
+    taught = encode(processor, [talk])
+    whole = processor.apply_chat_template(
+        [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for turn in talk.turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    )
+    assert list(pieces(taught, processor)) == [" s</s>", " s</s>"]
+    assert processor.decode(taught.inputs["input_ids"][0]) == whole
+
+
+@pytest.mark.parametrize(("written", "learned"), [("<end_of_turn>\n", "<end_of_turn>"), (" ", "</s>"), ("", "</s>")])
+def test_an_answer_ends_as_the_template_closes_it(written: str, learned: str) -> None:
+    _, processor = mmfast.load_default()
+    processor.tokenizer.add_tokens(["<end_of_turn>"], special_tokens=True)
+    assert "~ '</s>'" in processor.chat_template
+    processor.chat_template = processor.chat_template.replace("~ '</s>'", f"~ {written!r}")
+    taught = encode(processor, [Conversation((("is it small?", "yes"), ("is it red?", "no")))])
+    assert list(pieces(taught, processor)) == [f" yes{learned}", f" no{learned}"]
 
 
 def test_a_row_is_what_generate_would_have_written(loaded: tuple[Any, Any]) -> None:

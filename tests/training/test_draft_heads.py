@@ -17,14 +17,12 @@ from torch import Tensor
 
 import mmfast
 from mmfast.registry import build
-from mmfast.training.conversations import Conversation, ConversationFile, Source, WorldSource
+from mmfast.training.conversations import Conversation, Source, WorldSource
 from mmfast.training.draft_heads import answers as draft_heads_answers
 from mmfast.training.draft_heads.answers import Answer, Answers, noisy, recall, taught, write
-from mmfast.training.draft_heads.evaluation import held_out
 from mmfast.training.draft_heads.objective import DraftHead, new_head, share_of_pictures
 from mmfast.training.draft_heads.options import METHODS, HeadOptions
 from mmfast.training.draft_heads.teaching import KINDS, output_of
-from mmfast.training.objective import BadExample
 from mmfast.training.recipe import Recipe
 from mmfast.training.settings import Settings
 from mmfast.training.trainer import read_log, train
@@ -182,6 +180,27 @@ def test_a_run_that_goes_on_does_not_ask_again(tmp_path: Path, monkeypatch: pyte
     forgetful.collect(tmp_path)
     assert forgetful.at(1) is not forgetful.at(1)
     assert torch.equal(forgetful.at(1).laws, forgetful.at(1).laws)
+
+
+def test_answers_of_a_run_that_was_killed_are_not_continued_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_heads_answers, "BLOCK", 2)
+    options = replace(SHORT, prompts=4, new_tokens=4)
+
+    def killed(*arguments: Any) -> Any:
+        if 2 in arguments[3]:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(draft_heads_answers, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Answers(*demo(), WorldSource(), options).collect(tmp_path)
+    with pytest.raises(ValueError, match=r"sampled=0.3 \(now 0.0\)"):
+        Answers(*demo(), WorldSource(), replace(options, sampled=0.0)).collect(tmp_path)
+    (tmp_path / "answers" / "options.json").unlink()
+    with pytest.raises(ValueError, match=r"holds answers but no options\.json"):
+        Answers(*demo(), WorldSource(), options).collect(tmp_path)
 
 
 def test_answers_to_other_questions_are_refused(written: Path) -> None:
@@ -354,37 +373,6 @@ def test_text_comes_first(tmp_path: Path) -> None:
         ValueError, match="two_stage_epochs=4 needs questions with pictures and without; of 2 there are 2"
     ):
         alone.batch(0, 0, 1, 1)
-
-
-def test_a_file_of_questions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Held-out questions are others than those that are trained on; what cannot be used is named or left out."""
-    path = tmp_path / "asked.jsonl"
-    turns = [{"from": "human", "value": "what color is it?"}, {"from": "gpt", "value": "-"}]
-    lines = [json.dumps({"conversations": turns}) for _ in range(6)]
-    path.write_text("\n".join([*lines[:5], "{", lines[5]]))
-    source = ConversationFile(path, on_bad="skip")
-    options = replace(SHORT, prompts=4, held_out=3)
-    with caplog.at_level(logging.WARNING):
-        asked = [conversation.where for conversation in held_out(source, options)]
-        taught_on = {source.at(number).where for number in range(4)}
-    assert "no JSON" in caplog.text
-    assert len(asked) == len(set(asked)) >= 2
-    assert not taught_on & set(asked)
-    with pytest.raises(
-        ValueError, match=r"prompts=4 and held_out=4 are more than the 7 conversations of .*asked.jsonl"
-    ):
-        DraftHead(*demo(), source, replace(options, held_out=4))
-    strict = DraftHead(*demo(), ConversationFile(path), replace(SHORT, prompts=7))
-    with pytest.raises(BadExample, match=r"asked.jsonl:6: no JSON"):
-        strict.begin(tmp_path, 0, 1)
-
-
-def test_questions_of_the_world_are_held_out() -> None:
-    asked = held_out(WorldSource(families=["color"]), replace(SHORT, held_out=3))
-    assert [conversation.where.split("/")[1] for conversation in asked] == ["heldout"] * 3
-    assert all(len(conversation.images) == 1 for conversation in asked)
-    clips = held_out(WorldSource(2, ["color"]), replace(SHORT, held_out=1))
-    assert (len(clips[0].frames), clips[0].images) == (2, ())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast.training.conversations import WorldSource
+from mmfast.training.conversations import Conversation, WorldSource
 from mmfast.training.projectors import Projectors
 from mmfast.training.recipe import Recipe
 from mmfast.training.settings import Settings
@@ -57,6 +58,31 @@ def test_one_count_is_drawn_for_each_step() -> None:
     # All shares of a step are taught the same.
     assert drawn[::2] == drawn[1::2]
     assert len(taught(taught.batch(0, 0, 1, 1), 0.0).figures) == 1
+
+
+class Spoken(WorldSource):
+    """Questions of which the first ones come without their picture."""
+
+    def __init__(self, mute: int) -> None:
+        super().__init__(families=["color"])
+        self.mute = mute
+
+    def at(self, number: int) -> Conversation:
+        found = super().at(number)
+        return replace(found, images=()) if number < self.mute else found
+
+
+def test_the_first_conversations_may_come_without_a_picture() -> None:
+    taught = Projectors(*embedded(), Spoken(3), method="pool_adapter()", keep=16)
+    assert len(taught.learned) == 1
+    # A step without pictures teaches the module nothing, and is one.
+    taught(taught.batch(0, 0, 1, 2), 0.0).total.backward()
+    assert {float(weight.grad.abs().max()) for weight in taught.learned.parameters()} == {0.0}
+
+
+def test_data_without_pictures_teach_no_module() -> None:
+    with pytest.raises(ValueError, match=r"the data hold no pictures in their first 200 conversations"):
+        Projectors(*embedded(), Spoken(1000), method="pool_adapter()", keep=16)
 
 
 def test_what_is_exported_is_what_was_learned(tmp_path: Path) -> None:

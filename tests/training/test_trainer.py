@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,9 @@ def test_or_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         train(objective, replace(SETTINGS, on_bad="skip"), tmp_path, progress=False)
     assert "step 3: the loss is not finite" in caplog.text
+    logged = (tmp_path / LOG).read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] is None for line in logged].index(True) == 3
+    assert math.isnan(read_log(tmp_path)[3]["loss"])
     assert all(bool(w.isfinite().all()) for w in weights(objective))
 
 
@@ -209,6 +213,38 @@ def test_other_settings_do_not_go_on(tmp_path: Path) -> None:
         train(Line(), replace(SETTINGS, learning_rate=0.1), tmp_path, progress=False)
     # How often it is logged and saved changes nothing.
     train(Line(), replace(SETTINGS, log_every=3), tmp_path, stop_after=1, progress=False)
+
+
+def test_another_run_does_not_go_on(tmp_path: Path) -> None:
+    about = {"data.families": ("color",), "objective.kd_weight": 1.0, "objective.memory": 2.0}
+    train(Line(), SETTINGS, tmp_path, about=about, stop_after=4, progress=False)
+    for other, message in [
+        ({**about, "objective.kd_weight": 2.0}, r"objective.kd_weight=1.0 \(now 2.0\)"),
+        ({**about, "model.path": "embedded"}, r"model.path=not given \(now 'embedded'\)"),
+        ({"data.families": ["color"]}, r"objective.kd_weight=1.0 \(now not given\)"),
+    ]:
+        with pytest.raises(ValueError, match=f"was written with {message}; train into another folder"):
+            train(Line(), SETTINGS, tmp_path, about=other, progress=False)
+    # How much is kept in memory changes nothing.
+    train(Line(), SETTINGS, tmp_path, about={**about, "objective.memory": 1.0}, stop_after=1, progress=False)
+
+
+def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
+    train(Line(), SETTINGS, tmp_path, stop_after=4, progress=False)
+    run = checkpoints.found(tmp_path)[-1] / "run.json"
+    content = json.loads(run.read_text())
+    content["about"]["processes"] = 4
+    run.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"processes=4 \(now 1\)"):
+        train(Line(), SETTINGS, tmp_path, progress=False)
+
+
+def test_a_checkpoint_that_tells_its_settings_alone_goes_on(tmp_path: Path) -> None:
+    train(Line(), SETTINGS, tmp_path, stop_after=4, progress=False)
+    run = checkpoints.found(tmp_path)[-1] / "run.json"
+    content = json.loads(run.read_text())
+    run.write_text(json.dumps({"step": content["step"], "settings": content["settings"]}))
+    assert train(Line(), SETTINGS, tmp_path, about={"model.path": "embedded"}, progress=False)["step"] == 12
 
 
 def test_a_setting_that_is_younger_than_a_checkpoint_was_at_its_default(tmp_path: Path) -> None:

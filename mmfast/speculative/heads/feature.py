@@ -46,7 +46,8 @@ class FeatureHead(SlotHead):
     def prompt(self, prefill: Prefill) -> Slots:
         """Fuse the slots of text; those of images get what entered the model."""
         inputs, text = prefill.embeds[1:].clone(), ~prefill.visual[1:]
-        inputs[text] = self.fuse(inputs[text], prefill.hidden[:-1][text], None)
+        # Under autocast the fused slots are of its type, the others of the model's.
+        inputs[text] = self.fuse(inputs[text], prefill.hidden[:-1][text], None).to(inputs.dtype)
         return Slots(inputs, prefill.positions[..., :-1], torch.arange(len(inputs), device=inputs.device))
 
 

@@ -102,22 +102,18 @@ class Answers:
             parts: number of shares, each written by a process.
 
         Raises:
-            ValueError: if the folder holds answers that were collected under other options.
+            ValueError: if the folder holds answers that were collected under other options, or does not say which.
             BadExample: for a question that cannot be used.
         """
         self._folder = folder / "answers"
         self._folder.mkdir(parents=True, exist_ok=True)
         shaping = {name: getattr(self.options, name) for name in _SHAPING}
-        _check_same(self._folder / "options.json", shaping)
+        _claim(self._folder, shaping, part)
         missing = [b for b in range(math.ceil(len(self) / BLOCK))[part::parts] if not self._file(b).is_file()]
         for block in tqdm(missing, desc="answers", unit=f"x{BLOCK}", disable=None):
             numbers = range(block * BLOCK, min((block + 1) * BLOCK, len(self)))
             rows = write(self.model, self.processor, [self.source.at(n) for n in numbers], numbers, self.options)
             self._save(block, dict(zip(numbers, rows, strict=True)))
-        if part == 0:
-            fresh = self._folder / "options.part"
-            fresh.write_text(json.dumps(shaping, indent=2) + "\n", encoding="utf-8")
-            fresh.replace(self._folder / "options.json")
 
     def written(self, number: int) -> Written:
         """Return the tokens of one answer.
@@ -319,8 +315,20 @@ def _visual(model: Any, ids: Tensor) -> Tensor:
     return torch.isin(ids, torch.tensor([t for t in tokens if t is not None], dtype=ids.dtype, device=ids.device))
 
 
-def _check_same(path: Path, shaping: dict[str, Any]) -> None:
+def _claim(folder: Path, shaping: dict[str, Any], part: int) -> None:
+    """Say in a folder what its answers depend on, or check that they were written under the same options."""
+    path = folder / "options.json"
+    # Looked for first: whoever writes answers has said before what they depend on.
+    begun = any(folder.glob("block-*.safetensors"))
     if not path.is_file():
+        if begun:
+            raise ValueError(
+                f"{folder} holds answers but no {path.name} that says how they were written; delete them, or train "
+                "into another folder"
+            )
+        fresh = folder / f"options-{part}.part"
+        fresh.write_text(json.dumps(shaping, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(path)
         return
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     differing = [name for name, value in shaping.items() if stored.get(name) != value]

@@ -43,8 +43,9 @@ def held_out(source: Source, options: HeadOptions) -> list[Conversation]:
         return []
     if isinstance(source, WorldSource):
         return source.held_out(options.held_out)
-    # Where a conversation cannot be used the next one takes its place: it may be the last that is trained on.
-    seen = {source.at(options.prompts - 1).where}
+    # Where a conversation cannot be used the next one takes its place, which may be the last that is trained on; behind
+    # the end of a file that is its first.
+    seen = {source.at(number).where for number in (0, options.prompts - 1)}
     found = []
     for number in range(options.prompts, options.prompts + options.held_out):
         conversation = source.at(number)
