@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accuracy import claim
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -371,7 +372,9 @@ def main() -> None:
         run_task(options, known)
         found = {"task": {options.task: {seed: known}}}
     else:
+        claim(_read(options.out), mmfast.load_default()[0], options.out)
         found = {"world": run_bounds(options) if options.command == "bounds" else run_world(options)}
+        claim(found, mmfast.load_default()[0], options.out)
     found["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     found["machine"] = f"{platform.machine()}, one thread beside other work"
     content = merged(_read(options.out), found)
