@@ -14,7 +14,7 @@ CLIP := mmfast/data/samples/bigbuckbunny.mp4
 PLANS := --plan "divprune(keep=64)" --plan "divprune(keep=128) + pyramiddrop()"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo bench train-default lint tables clean
+.PHONY: help env test demo bench gpu train-default lint tables clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ demo: $(READY)  ## compare the demo model with and without plans on two clips; w
 bench: $(READY)  ## measure speed on this machine
 	$(BIN)/python benchmarks/speed.py
 
-train-default: $(READY)  ## train the embedded model from nothing in two core-hours, resumable; writes build/tinyvlm
+train-default: $(READY)  ## train the embedded model from nothing in four core-hours, resumable; writes build/tinyvlm
 	$(BIN)/python -m mmfast.training.default_model.recipe --out build/tinyvlm
 
 gpu: $(READY)  ## on a GPU, in under ten minutes: the kernels' tests, then mmfast bench; call again to go on

@@ -85,6 +85,8 @@ def export(out: Path, folder: Path) -> None:
     student.load(out / PARTS[-1].name / STUDENT)
     student.model.set_attn_implementation("sdpa")
     folder.mkdir(parents=True, exist_ok=True)
+    for config in (student.model.config.text_config, student.model.config.vision_config):
+        config.dtype = torch.float16
     student.model.half().save_pretrained(folder)
     student.processor.save_pretrained(folder)
     stages = {part.name: {**asdict(part.settings), "course": _course(out / part.name)} for part in PARTS}
