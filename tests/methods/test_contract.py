@@ -229,7 +229,8 @@ def test_text_tokens_enter_untouched(family: Family, info: mmfast.MethodInfo) ->
     assert torch.equal(seen[text[entered]], before[text])
 
 
-@every
+# That rows of a batch do not disturb each other is tested for every pair above, against the reference of each row.
+@every_distinct
 def test_batch_of_mixed_sizes_equals_one_by_one(family: Family, info: mmfast.MethodInfo) -> None:
     batch, (together, _) = mixed(family), pruned(family, plan_of(info))
     with mmfast.accelerate(family.model(), plan_of(info)):
