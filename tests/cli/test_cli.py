@@ -204,7 +204,7 @@ def test_two_videos_are_refused(capsys: pytest.CaptureFixture[str], media: Path)
 def test_a_plan_the_model_cannot_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "ask", SCENE, "what?", "--plan", "fastv(layer=9)")
     assert status == 2
-    assert "must lie in 1..3 for a model of 4 layers" in err.splitlines()[-1]
+    assert "must lie in 1..7 for a model of 8 layers" in err.splitlines()[-1]
 
 
 def test_an_unknown_folder_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
