@@ -86,7 +86,7 @@ class ShapesVideo(_ShapesTask):
         seed: which data set.
         families: question families of clips; None takes exist, color, shape and size.
         num_questions: how many questions.
-        num_frames: frames of each clip, at least 2; the embedded model copes with four at most.
+        num_frames: frames of each clip, at least 2; the embedded model has learned from clips of two to six.
 
     Raises:
         ValueError: for an unknown split or family, or a number out of range.
