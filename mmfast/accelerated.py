@@ -197,7 +197,7 @@ class Accelerated:
             >>> model, processor = mmfast.load_default()
             >>> with mmfast.accelerate(model, "p_mod()") as fast:
             ...     [name for name, weight in fast.learned().named_parameters()]
-            ['p_mod.layers.1.weight', 'p_mod.layers.1.bias', 'p_mod.layers.2.weight', ..., 'p_mod.layers.3.bias']
+            ['p_mod.layers.2.weight', 'p_mod.layers.2.bias', 'p_mod.layers.3.weight', ..., 'p_mod.layers.7.bias']
         """
         parts: nn.ModuleDict = self._at_work("ask for its learned parts").layers.learned()
         return parts

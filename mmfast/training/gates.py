@@ -38,7 +38,7 @@ class Gates(Supervised):
         >>> model, processor = mmfast.load_default(dtype="float32")
         >>> gates = Gates(model, processor, WorldSource(families=["color"]), plan="p_mod()")
         >>> sorted(name for name, weight in gates.named_parameters() if weight.requires_grad)[0]
-        'learned.p_mod.layers.1.bias'
+        'learned.p_mod.layers.2.bias'
         >>> gates.fast.remove()
     """
 

@@ -31,8 +31,8 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def keep_only(folder: Path, config: dict[str, Any]) -> None:
-    for path in folder.iterdir():
-        path.unlink()
+    shutil.rmtree(folder)
+    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"")
 
