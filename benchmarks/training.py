@@ -210,7 +210,8 @@ def run_gates(options: argparse.Namespace, known: dict[str, Any]) -> None:
     row["last"] = read_log(folder)[-1]
     if trained == "plan":
         model, processor = mmfast.load_default(dtype="float32")
-    weighted = plan.replace(")", f", weights={str(folder / f'{method}.safetensors')!r})") if names else plan
+    told = [plan[len(method) + 1 : -1], f"weights={str(folder / f'{method}.safetensors')!r}"]
+    weighted = f"{method}({', '.join(part for part in told if part)})" if names else plan
     row |= asked(model.eval(), processor, weighted, options.questions)
     known[f"{plan}, trained={trained}"] = row
 
