@@ -61,11 +61,25 @@ def _gates_text() -> str:
 
 
 def _shorter_steps_text() -> str:
-    own = latest("training-*.json")["time"]
+    result = latest("training-*.json")
+    own, curves = result["time"], {name.split(",")[0]: row for name, row in result["curves"].items()}
+    parts = 4
+    steps = next(iter(curves.values()))["steps"]
+    rows: list[tuple[str, ...]] = [
+        ("learned under", *(f"loss to step {steps * (part + 1) // parts}" for part in range(parts)), "CPU s", "full")
+    ]
+    for name, row in sorted(curves.items()):
+        size = len(row["loss"]) // parts
+        cut = [row["loss"][part * size : (part + 1) * size] for part in range(parts)]
+        means = (f"{sum(loss for _, loss in points) / size:.3f}" for points in cut)
+        rows.append((f"`{name}`", *means, f"{row['cpu_seconds']:.0f}", f"{row['accuracy']['full']:.3f}"))
     return (
         f"**Shorter steps.** A training step ({own['setting']}) takes {own['cpu_seconds']['pyramiddrop()']:.2f} s of "
         f"processor time with `pyramiddrop()` and {own['cpu_seconds']['none']:.2f} s without: "
-        f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn)."
+        f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn). The language model of the demo model "
+        f"going on for {steps} steps under either, mean losses, and what it then answers with all tokens:{model_note(result)}"
+        f"\n\n{table(rows)}\n\nOn the demo model `pyramiddrop()` drops where attention says little of the question yet "
+        "(see its card)."
     )
 
 
