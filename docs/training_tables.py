@@ -77,9 +77,9 @@ def _shorter_steps_text() -> str:
         f"**Shorter steps.** A training step ({own['setting']}) takes {own['cpu_seconds']['pyramiddrop()']:.2f} s of "
         f"processor time with `pyramiddrop()` and {own['cpu_seconds']['none']:.2f} s without: "
         f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn). The language model of the demo model "
-        f"going on for {steps} steps under either, mean losses, and what it then answers with all tokens:{model_note(result)}"
-        f"\n\n{table(rows)}\n\nOn the demo model `pyramiddrop()` drops where attention says little of the question yet "
-        "(see its card)."
+        f"going on for {steps} steps under either, mean losses, and what it then answers with all tokens:"
+        f"{model_note(result)}\n\n{table(rows)}\n\nOn the demo model `pyramiddrop()` drops where attention says little "
+        "of the question yet (see its card)."
     )
 
 
