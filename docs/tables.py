@@ -30,7 +30,7 @@ def model_note(result: dict[str, Any]) -> str:
     """Say where figures of the demo model were taken on other weights than the package holds."""
     if result.get("weights") == _weights():
         return ""
-    return " **Measured on the demo model before the present one** (four decoder layers, 2.2 million parameters)."
+    return " **Measured on an earlier demo model**, not on the one that the package holds now."
 
 
 @cache

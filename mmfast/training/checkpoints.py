@@ -90,8 +90,7 @@ def load(
     if not places:
         return 0
     run: dict[str, Any] = json.loads((places[-1] / "run.json").read_text(encoding="utf-8"))
-    # Early checkpoints tell their settings alone.
-    stored = run.get("about", about)
+    stored = run["about"]
     mine = {**asdict(settings), **about}
     # A setting that is younger than the checkpoint was at its default.
     theirs = {**{field.name: field.default for field in fields(settings)}, **run["settings"], **stored}

@@ -239,14 +239,6 @@ def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
         train(Line(), SETTINGS, tmp_path, progress=False)
 
 
-def test_a_checkpoint_that_tells_its_settings_alone_goes_on(tmp_path: Path) -> None:
-    train(Line(), SETTINGS, tmp_path, stop_after=4, progress=False)
-    run = checkpoints.found(tmp_path)[-1] / "run.json"
-    content = json.loads(run.read_text())
-    run.write_text(json.dumps({"step": content["step"], "settings": content["settings"]}))
-    assert train(Line(), SETTINGS, tmp_path, about={"model.path": "embedded"}, progress=False)["step"] == 12
-
-
 def test_a_setting_that_is_younger_than_a_checkpoint_was_at_its_default(tmp_path: Path) -> None:
     train(Line(), SETTINGS, tmp_path, stop_after=4, progress=False)
     run = checkpoints.found(tmp_path)[-1] / "run.json"
