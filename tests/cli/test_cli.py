@@ -201,6 +201,12 @@ def test_two_videos_are_refused(capsys: pytest.CaptureFixture[str], media: Path)
     assert err.startswith("mmfast: 2 videos were given; a prompt takes one")
 
 
+def test_the_model_with_compression_tokens_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "ask", SCENE, "what color is it?", "--model", "embedded-voco", "--plan", "voco()")
+    assert status == 0
+    assert "plan     voco(" in out
+
+
 def test_a_plan_the_model_cannot_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "ask", SCENE, "what?", "--plan", "fastv(layer=9)")
     assert status == 2
