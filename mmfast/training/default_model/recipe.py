@@ -1,7 +1,7 @@
 """Train the embedded model from nothing: ``python -m mmfast.training.default_model.recipe --out FOLDER``.
 
-Four stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
-between them, and everything together on pixels. The first two do not depend on each other and may run side by side
+Five stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
+between them, everything together on pixels, and early layers that look at what is asked about. The first two do not depend on each other and may run side by side
 (``--only vision``, ``--only language``).
 """
 
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmfast.eval.datasets.shapes import WORLD_VERSION
-from mmfast.training.default_model.stages import STUDENT, AlignStage, JointStage, LanguageStage, VisionStage
+from mmfast.training.default_model.stages import STUDENT, AlignStage, JointStage, LanguageStage, LookStage, VisionStage
 from mmfast.training.default_model.student import Student
 from mmfast.training.settings import Settings
 from mmfast.training.trainer import read_log, train
@@ -64,6 +64,7 @@ PARTS: tuple[Part, ...] = (
     Part("language", LanguageStage, _muon(3000, 8, 3e-3, 1.5e-3), ()),
     Part("align", AlignStage, Settings(steps=1500, batch=8, learning_rate=3e-3), ("vision", "language")),
     Part("joint", JointStage, _muon(4000, 8, 1.2e-3, 6e-4), ("align",)),
+    Part("look", LookStage, _muon(600, 8, 6e-4, 3e-4), ("joint",)),
 )
 
 

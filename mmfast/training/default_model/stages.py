@@ -15,7 +15,7 @@ from mmfast.training.default_model.student import Student, whiten
 from mmfast.training.default_model.world import PATCHES, Episode, clip, generator, picture
 from mmfast.training.objective import Loss, Objective
 
-_VISION, _LANGUAGE, _ALIGN, _JOINT = 0, 1, 2, 3
+_VISION, _LANGUAGE, _ALIGN, _JOINT, _LOOK = range(5)
 _CLIPS = 0.4
 """Share of the joint steps that show clips."""
 _WHOLE = (0.25, 0.7)
@@ -137,7 +137,8 @@ class LanguageStage(_Stage):
         episodes, packed = batch
         student = self.student
         visual = student.symbols(_labels(episodes, student.device), student.language.embed_tokens.weight)
-        answer, looked, figures = student.read(packed.to(student.device), visual, attended=done < 0.7)
+        middle = student.middle - 1, student.middle
+        answer, looked, figures = student.read(packed.to(student.device), visual, attended=middle if done < 0.7 else ())
         return Loss(answer + 0.15 * looked, {**figures, "attention": float(looked.detach())})
 
 
@@ -204,7 +205,7 @@ class JointStage(_Stage):
         features, pooled = student.see(pixels)
         dense, named = student.dense_loss(features, labels)
         visual = student.projector(features)
-        answer, _, figures = student.read(packed.to(student.device), visual, attended=False)
+        answer, _, figures = student.read(packed.to(student.device), visual)
         presence, place = student.presence_loss(pooled, labels), student.place_loss(visual, labels)
         kind = "clips" if len(episodes[0].scenes) > 1 else "pictures"
         return Loss(
@@ -217,6 +218,36 @@ class JointStage(_Stage):
                 **named,
             },
         )
+
+
+class LookStage(JointStage):
+    """Stage 4: the layers before the middle look at what is asked about, too.
+
+    Without it only the middle layers tell which patches matter, and a method that reads the attention of an early one
+    chooses at random. What the vision tower and the projector have learned stays as it is.
+    """
+
+    number = _LOOK
+
+    def __init__(self, student: Student, seed: int, steps: int) -> None:
+        super().__init__(student, seed, steps)
+        student.model.set_attn_implementation("eager")
+
+    def learned(self) -> Sequence[torch.nn.Module]:
+        """Train the layers of the language model."""
+        return [self.student.language.layers]
+
+    def forward(self, batch: tuple[list[Episode], Packed], done: float) -> Loss:
+        """Answer from pixels, and look at what was asked about in every layer from the second to the middle."""
+        episodes, packed = batch
+        student = self.student
+        pixels, _ = _stacked(episodes, student.device)
+        with torch.no_grad():
+            visual = student.projector(student.see(pixels)[0])
+        answer, looked, figures = student.read(
+            packed.to(student.device), visual, attended=range(1, student.middle + 1)
+        )
+        return Loss(answer + 0.15 * looked, {**figures, "attention": float(looked.detach())})
 
 
 def _asked(draw: Any) -> Episode:
@@ -246,4 +277,4 @@ def _stacked(episodes: Sequence[Episode], device: torch.device) -> tuple[Tensor,
     return pixels.to(device), _labels(episodes, device)
 
 
-__all__ = ["STUDENT", "AlignStage", "JointStage", "LanguageStage", "VisionStage"]
+__all__ = ["STUDENT", "AlignStage", "JointStage", "LanguageStage", "LookStage", "VisionStage"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class Student(nn.Module):
     def language(self) -> Any:
         """The decoder without its output layer."""
         return self.model.model.language_model
+
+    @property
+    def middle(self) -> int:
+        """The layer in the middle of the decoder."""
+        return len(self.language.layers) // 2
 
     @property
     def projector(self) -> Any:
@@ -129,13 +135,15 @@ class Student(nn.Module):
             losses.append(functional.cross_entropy(said, self.symbols.thirds(labels[line].flatten()[shown])))
         return torch.stack(losses).mean()
 
-    def read(self, packed: Packed, visual: Tensor, *, attended: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def read(
+        self, packed: Packed, visual: Tensor, *, attended: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Answer the questions of a packed batch.
 
         Args:
             packed: the batch.
             visual: ``[F, 256, D]``, what stands for each patch.
-            attended: whether the attention of the middle layers is looked at.
+            attended: the layers that are asked to look at what an answer depends on.
 
         Returns:
             The loss of the answers, the loss of attention (0 where it is not looked at), and figures.
@@ -152,28 +160,15 @@ class Student(nn.Module):
             attention_mask=mask,
             position_ids=packed.positions,
             use_cache=False,
-            output_attentions=attended,
+            output_attentions=bool(attended),
         )
         learned = packed.targets != IGNORED
         logits = out.last_hidden_state[learned] @ table.T
         wanted = packed.targets[learned]
         loss = functional.cross_entropy(logits, wanted)
         figures = {"answer": float(loss.detach()), "tokens_right": float((logits.argmax(-1) == wanted).float().mean())}
-        return loss, self._attention_loss(packed, out.attentions) if attended else loss.new_zeros(()), figures
-
-    def _attention_loss(self, packed: Packed, attentions: Any) -> Tensor:
-        """Ask two middle layers to look at the objects that an answer depends on, with every second head."""
-        there = packed.owned.any(dim=1)
-        if not bool(there.any()):
-            return torch.zeros((), device=packed.owned.device)
-        rows, places = packed.asked[there, 0], packed.asked[there, 1]
-        middle = len(attentions) // 2
-        losses = []
-        for layer in (middle - 1, middle):
-            seen = attentions[layer][rows, ::2, places]
-            mass = (seen * packed.owned[there][:, None]).sum(dim=-1)
-            losses.append(-(mass + 1e-4).log().mean())
-        return torch.stack(losses).mean()
+        looked = _attention_loss(packed, [out.attentions[i] for i in attended]) if attended else loss.new_zeros(())
+        return loss, looked, figures
 
     def save(self, path: Path) -> None:
         """Write all weights."""
@@ -250,6 +245,19 @@ class Symbols(nn.Module):
         above, beside = self.place_words(device)
         where = _worded(above[self.thirds(row + 1)], words) + _worded(beside[self.thirds(column + 1)], words)
         return out + 0.7 * where * there[..., None]
+
+
+def _attention_loss(packed: Packed, attentions: Sequence[Tensor]) -> Tensor:
+    """Ask every second head of some layers to look at the objects that an answer depends on."""
+    there = packed.owned.any(dim=1)
+    if not bool(there.any()):
+        return torch.zeros((), device=packed.owned.device)
+    rows, places = packed.asked[there, 0], packed.asked[there, 1]
+    losses = []
+    for attention in attentions:
+        mass = (attention[rows, ::2, places] * packed.owned[there][:, None]).sum(dim=-1)
+        losses.append(-(mass + 1e-4).log().mean())
+    return torch.stack(losses).mean()
 
 
 def _worded(ids: Tensor, words: Tensor) -> Tensor:
