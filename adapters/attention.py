@@ -68,6 +68,7 @@ class Capture:
         softcap: cap of the logits.
         causal: whether tokens see only what comes before them, where no 4-D mask says so.
         real: ``[B, Q]`` bool, which of the tokens are real; None = all.
+        attached: keep the gradients of queries, keys and values.
     """
 
     slots: Tensor
@@ -80,6 +81,7 @@ class Capture:
     softcap: float | None = None
     causal: bool = True
     real: Tensor | None = None
+    attached: bool = False
 
     def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
         """Keep references.
@@ -87,8 +89,9 @@ class Capture:
         Raises:
             CaptureDone: if nothing else of the module is wanted.
         """
-        # Without a gradient the references cost nothing; with one they would keep the graph alive.
-        self.query, self.key, self.value = query.detach(), key.detach(), value.detach()
+        # Without a gradient the references cost nothing; with one they keep the graph alive.
+        read = (query, key, value) if self.attached else (query.detach(), key.detach(), value.detach())
+        self.query, self.key, self.value = read
         self.mask = mask
         self.scaling, self.softcap = options.get("scaling"), options.get("softcap")
         self.causal = bool(options.get("is_causal", True))

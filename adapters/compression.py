@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken
 
+from mmfast.adapters.attention import Capture, watch
 from mmfast.adapters.base import Adapter
-from mmfast.adapters.call import Inner
+from mmfast.adapters.call import Inner, Level
+from mmfast.adapters.reading import switch_on_tap
 from mmfast.plan import Plan
 from mmfast.token_pruning.base import check_choice
-from mmfast.token_pruning.compression_base import Compressor, Hidden
+from mmfast.token_pruning.compression_base import Compressor, Hidden, own_parts
+from mmfast.token_pruning.weights import Lesson
 
 _TOKEN = "<voco>"  # noqa: S105 - no password
 _KEY = "voco"
@@ -26,25 +29,50 @@ class CompressionTokens:
     """What a model and its processor know of their compression tokens.
 
     Attributes:
-        token: how it is written.
+        token: how the first is written.
         token_id: its number in the vocabulary.
-        tokens: how many of them stand behind each image.
+        tokens: how many stand behind each image.
         hide_prefix: what they hide beside the image, see the method ``voco``.
+        entries: of the vocabulary, ``token_id`` and the following numbers. 1 (the official code): all tokens are copies
+            of one; more: each is another, and there cannot be more of them.
     """
 
     token: str
     token_id: int
     tokens: int
     hide_prefix: str
+    entries: int = 1
+
+    def names(self) -> list[str]:
+        """Return how each entry is written."""
+        return [self.token, *(f"{self.token[:-1]}_{number}>" for number in range(2, self.entries + 1))]
+
+    def written(self) -> str:
+        """Return what stands behind each image."""
+        return self.token * self.tokens if self.entries == 1 else "".join(self.names()[: self.tokens])
+
+    def find(self, ids: Tensor) -> Tensor:
+        """Say which token ids are compression tokens, bool of the same shape."""
+        return (ids >= self.token_id) & (ids < self.token_id + self.entries)
+
+    def of(self, count: int) -> CompressionTokens:
+        """Return the same with another number behind each image.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if self.entries > 1 and count > self.entries:
+            raise ValueError(f"{count} compression tokens are asked for, but only {self.entries} differ: take no more")
+        return replace(self, tokens=count)
 
 
 def add_compression_tokens(
-    model: nn.Module, processor: Any, tokens: int = 4, hide_prefix: str = "all"
+    model: nn.Module, processor: Any, tokens: int = 4, hide_prefix: str = "all", *, distinct: bool = False
 ) -> CompressionTokens:
     """Give a model and its processor the token ``<voco>``, in place.
 
     Both write it down with ``save_pretrained`` and know it again after ``from_pretrained``. The new row of the
-    vocabulary is the mean of the others: it has to be trained. Where the token is there already, only the numbers
+    vocabulary is the mean of the others, and has to be trained. Where the token is there already, only the numbers
     change.
 
     Args:
@@ -52,12 +80,15 @@ def add_compression_tokens(
         processor: its processor; :func:`mmfast.adapters.prepare` will write the tokens behind each image.
         tokens: how many behind each image.
         hide_prefix: ``"all"`` or ``"visual"``, see the method ``voco``.
+        distinct: give each of the tokens a row of its own, ``<voco>``, ``<voco_2>``, ..., instead of copies of one that
+            only their positions tell apart (ours). The rows begin a little apart, and learn to divide the image sooner.
 
     Returns:
         What was added.
 
     Raises:
-        ValueError: if a number is out of range, or ``<voco>`` means something else to the tokenizer.
+        ValueError: if a number is out of range, the tokens are there already and other than asked for, or ``<voco>``
+            means something else to the tokenizer.
 
     Example:
         >>> import mmfast
@@ -73,23 +104,31 @@ def add_compression_tokens(
     if known is None:
         if len(tokenizer(_TOKEN, add_special_tokens=False)["input_ids"]) == 1:
             raise ValueError(f"the tokenizer has a token {_TOKEN!r} already, of which the model knows nothing")
-        tokenizer.add_tokens([AddedToken(_TOKEN, special=True, normalized=False)], special_tokens=True)
-        _add_row(model, int(tokenizer.convert_tokens_to_ids(_TOKEN)), len(tokenizer))
-    token_id = int(tokenizer.convert_tokens_to_ids(_TOKEN))
-    added = CompressionTokens(_TOKEN, token_id, tokens, hide_prefix)
+        known = CompressionTokens(_TOKEN, -1, tokens, hide_prefix, tokens if distinct else 1)
+        names = [AddedToken(name, special=True, normalized=False) for name in known.names()]
+        tokenizer.add_tokens(names, special_tokens=True)
+        known = replace(known, token_id=int(tokenizer.convert_tokens_to_ids(_TOKEN)))
+        _add_rows(model, known, len(tokenizer))
+    elif distinct and known.entries == 1 < tokens:
+        raise ValueError("distinct=True, but the model has compression tokens that are copies of one; load one without")
+    added = replace(known.of(tokens), hide_prefix=hide_prefix)
     setattr(config, _KEY, asdict(added))
     tokenizer.init_kwargs[_KEY] = asdict(added)
     return added
 
 
-def _add_row(model: Any, token: int, size: int) -> None:
-    """Make room for a token, and let it begin as the mean of all others."""
+def _add_rows(model: Any, known: CompressionTokens, size: int) -> None:
+    """Make room for tokens, and let them begin as the mean of all others; where they are several, a little apart."""
     if model.get_input_embeddings().weight.shape[0] < size:
         model.resize_token_embeddings(size, mean_resizing=False)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    first, count = known.token_id, known.entries
+    chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in {id(table.weight): table.weight for table in tables if table is not None}.values():
-            weight[token] = weight[:token].float().mean(dim=0).to(weight.dtype)
+            others = weight[:first].float()
+            apart = torch.randn(count, weight.shape[1], generator=chance).to(others.device) * others.std(dim=0)
+            weight[first : first + count] = (others.mean(dim=0) + apart * (count > 1)).to(weight.dtype)
 
 
 def compression_tokens(owner: Any) -> CompressionTokens | None:
@@ -133,7 +172,7 @@ def split_compressed(processor: Any, inputs: Mapping[str, Any]) -> tuple[dict[st
         ((1, 260), 'red?<|assistant|>')
     """
     ids, known = inputs["input_ids"], compression_tokens(processor)
-    places = [] if known is None else (ids == known.token_id).any(dim=0).nonzero().flatten().tolist()
+    places = [] if known is None else known.find(ids).any(dim=0).nonzero().flatten().tolist()
     if ids.shape[0] != 1 or not places:
         raise ValueError(f"inputs must be one prompt with compression tokens, got {ids.shape[0]} with {len(places)}")
     end = places[-1] + 1
@@ -186,7 +225,7 @@ def hide_compressed(adapter: Adapter, inner: Inner, method: Compressor, embeds: 
     Returns:
         Whether anything is hidden.
     """
-    marked = _marked(adapter, inner, embeds).cpu()
+    inner.tables["marked"] = marked = _marked(adapter, inner, embeds).cpu()
     slots = inner.levels[0].slots.cpu()
     found: list[list[Hidden]] = []
     for row, parts in enumerate(inner.segments):
@@ -208,10 +247,70 @@ def _marked(adapter: Adapter, inner: Inner, embeds: Tensor) -> Tensor:
     if known is None:
         return torch.zeros(embeds.shape[:2], dtype=torch.bool)
     if inner.input_ids is not None:
-        return inner.input_ids == known.token_id
+        return known.find(inner.input_ids)
     table = adapter.base.get_input_embeddings()
-    row: Tensor = table(torch.tensor(known.token_id, device=table.weight.device)).to(embeds)
-    return (embeds == row).all(dim=-1)
+    ids = torch.arange(known.token_id, known.token_id + known.entries, device=table.weight.device)
+    marked: Tensor = (embeds[:, :, None] == table(ids).to(embeds)).all(dim=-1).any(dim=-1)
+    return marked
+
+
+def watch_parts(adapter: Adapter, inner: Inner) -> None:
+    """Note for the lesson of a call how far compression tokens look at their own parts of what they read."""
+    lesson, found = inner.lesson, inner.tables.get("hidden")
+    if lesson is None or not lesson.parts or not found or inner.seen:
+        return
+    level, marked = inner.levels[0], inner.tables["marked"]
+    watched: list[_Watched] = []
+    for row, parts in enumerate(found):
+        alive = torch.arange(level.length) if level.real is None else level.real[row].cpu().nonzero().flatten()
+        own = level.slots[row].cpu()[alive]
+        begin = 0
+        for one in parts:
+            tokens = own[marked[row, own] & (own >= begin) & (own < one.start)]
+            read = [part for part in inner.segments[row] if bool(torch.isin(part.slots.cpu(), one.places).any())]
+            shown = torch.cat([part.slots.cpu() for part in read])
+            there = torch.isin(shown, own)
+            mine = own_parts([part.layout for part in read], tokens.numel())[:, there]
+            filled = mine.any(dim=1)
+            places = (torch.searchsorted(own, part) for part in (tokens[filled], shown[there]))
+            watched.append(_Watched(row, alive, *places, mine[filled]))
+            begin = one.start
+    switch_on_tap(adapter, inner)
+    for layer in adapter.layers[: lesson.parts]:
+        inner.undo.append(watch(adapter.attention(layer), _PartListener(lesson, level, watched)))
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A run of n compression tokens in one row.
+
+    Attributes:
+        row: of the batch.
+        alive: ``[m]`` int64, which tokens of the call belong to the prompt.
+        tokens: ``[n]`` int64, those of the run whose part is not empty; counted among those alive, as ``places``.
+        places: ``[N]`` int64, the visual tokens it reads.
+        mine: ``[n, N]`` bool, the part of each.
+    """
+
+    row: int
+    alive: Tensor
+    tokens: Tensor
+    places: Tensor
+    mine: Tensor
+
+
+class _PartListener:
+    def __init__(self, lesson: Lesson, level: Level, watched: Sequence[_Watched]) -> None:
+        self.lesson, self.level, self.watched = lesson, level, watched
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        """Note the attention ``[H, n]`` of each run to its parts."""
+        capture = Capture(self.level.slots, real=self.level.real, attached=True)
+        capture.take(query, key, value, mask, options)
+        for one in self.watched:
+            view = capture.view(one.row, one.alive)
+            seen = view.logits(one.tokens.to(query.device)).softmax(dim=-1)[..., one.places.to(query.device)]
+            self.lesson.note("own_part", (seen * one.mine.to(query.device)).sum(dim=-1))
 
 
 def hide_pairs(visible: Tensor, inner: Inner) -> None:
@@ -228,6 +327,7 @@ def hide_pairs(visible: Tensor, inner: Inner) -> None:
 
 def forget_hidden(inner: Inner) -> None:
     """Let the caches of all layers forget what no later token sees."""
+    inner.tables.pop("marked", None)
     found: list[list[Hidden]] | None = inner.tables.pop("hidden", None)
     if not found or inner.cache is None or not any(found):
         return

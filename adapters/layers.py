@@ -13,7 +13,7 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.bypass import Bypasser
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, announcement, compact_positions
-from mmfast.adapters.compression import forget_hidden
+from mmfast.adapters.compression import forget_hidden, watch_parts
 from mmfast.adapters.kernel_attention import answered, arm_waiting
 from mmfast.adapters.masks import gather_positions, gather_rows, gather_table, head_mask, layer_mask, pack
 from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
@@ -92,6 +92,7 @@ class LayerRunner:
         inner.lesson = self.lesson
         if inner.gates_learn:
             refuse_unteachable(self.adapter, inner)
+        watch_parts(self.adapter, inner)
         routed = self.bypasser.arm(inner) if self.bypasser is not None else []
         requests = {e.layer: self.dropper.request(e) for e in inner.events.values()} if self.dropper else {}
         ahead = {request.layer for request in requests.values() if request is not None and not request.rotary}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def _prompt(processor: Any, question: str, images: Any, frames: Any, fps: float,
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a text that is not empty, got {question!r}.")
     known = compression_tokens(processor)
-    marks = () if known is None else (known.token,)
+    marks = () if known is None else known.names()
     for token in (getattr(processor, "image_token", None), getattr(processor, "video_token", None), *marks):
         if isinstance(token, str) and token in question:
             raise ValueError(f"question must not contain the placeholder {token!r}, got {question!r}.")
@@ -201,7 +201,7 @@ def _compression(processor: Any, count: int | None) -> CompressionTokens | None:
         )
     if known is None or count == 0:
         return None
-    return known if count is None else replace(known, tokens=count)
+    return known if count is None else known.of(count)
 
 
 def _marked(processor: Any, text: str, compression: CompressionTokens, media: int) -> str:
@@ -217,7 +217,7 @@ def _marked(processor: Any, text: str, compression: CompressionTokens, media: in
             f"template of {type(processor).__name__} does not write one placeholder for each; write the prompt by hand"
         )
     for token in found:
-        text = text.replace(token, token + compression.token * compression.tokens)
+        text = text.replace(token, token + compression.written())
     return text
 
 

@@ -281,28 +281,40 @@ def run_world(options: argparse.Namespace) -> dict[str, Any]:
     model, processor = mmfast.load_default(dtype="float32")
     source = WorldSource(families=options.families, seed=options.seed, questions=options.turns)
     objective: Supervised
+    drawn = options.tokens if options.method else [*options.tokens, *[max(options.tokens)] * options.largest_again]
     if options.method:
         taught = {"keep": options.tokens, "per_step": "one", "trained": "language+projector"}
         objective = Projectors(model, processor, source, method=f"{options.method}()", **taught)
         name = options.method
     else:
-        objective = Compression(model, processor, source, tokens=options.tokens, loss=options.loss)
-        name = f"voco {options.loss}"
+        distinct, parts = not options.copies, options.part_weight
+        objective = Compression(
+            model,
+            processor,
+            source,
+            tokens=drawn,
+            distinct=distinct,
+            loss=options.loss,
+            part_weight=parts,
+        )
+        name = f"voco {options.loss}{' distinct' * distinct}{' parts' * (parts > 0)}"
     settings = Settings(
         steps=options.steps,
         batch=8,
+        optimizer="muon",
         learning_rate=options.rate,
-        warmup=options.steps // 20,
+        decay_from=0.4,
+        schedule="linear",
         seed=options.seed,
         checkpoint_every=100,
     )
     folder = options.work / f"world-{name.replace(' ', '-')}-{options.steps}-{options.seed}"
     began = time.process_time()
     # A run of the same name that saw other data, or other counts, must not be taken for this one.
-    about = {"turns": options.turns, "tokens": options.tokens, "families": options.families}
+    about = {"turns": options.turns, "tokens": drawn, "families": options.families}
     figures = train(objective, settings, folder, about=about, progress=False, stop_after=options.stop_after)
     row: dict[str, Any] = {"steps": options.steps, "batch": 8, "learning_rate": options.rate, "seed": options.seed}
-    row |= {"counts_drawn": options.tokens, "questions_per_picture": options.turns}
+    row |= {"optimizer": "muon", "counts_drawn": drawn, "questions_per_picture": options.turns}
     row |= {"cpu_seconds": round(time.process_time() - began, 1), "last_loss": round(figures["loss"], 4)}
     if figures["step"] < options.steps:
         row["broken_off_after"] = figures["step"]
@@ -356,12 +368,15 @@ def main() -> None:
         one.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="one is drawn for each step")
         one.add_argument("--families", nargs="+", default=["color", "shape"])
         one.add_argument("--questions", type=int, default=200)
-    world.add_argument("--loss", choices=["ce", "ce+kd"], default="ce+kd")
+    world.add_argument("--loss", choices=["ce", "ce+kd"], default="ce")
+    world.add_argument("--copies", action="store_true", help="copies of one token instead of distinct ones")
+    world.add_argument("--part-weight", type=float, default=0.15, help="see Compression; 0 asks for no parts")
+    world.add_argument("--largest-again", type=int, default=3, help="draw the largest count so much more often")
     world.add_argument("--method", help="teach this method before the language model instead, such as pool2d")
     world.add_argument("--turns", type=int, default=8, help="questions about each picture at most, in turn")
     world.add_argument("--steps", type=int, default=1500)
     world.add_argument("--stop-after", type=int, help="break off after so many steps of this call, and measure")
-    world.add_argument("--rate", type=float, default=1e-3)
+    world.add_argument("--rate", type=float, default=1.2e-3)
     world.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -204,7 +204,13 @@ class Accelerated:
 
     @contextmanager
     def training(
-        self, answers: Tensor | None = None, *, gates: bool = False, done: float = 0.0, noise: bool = True
+        self,
+        answers: Tensor | None = None,
+        *,
+        gates: bool = False,
+        done: float = 0.0,
+        noise: bool = True,
+        parts: int = 0,
     ) -> Iterator[Lesson]:
         """Tell the methods that calls of the model in this context are training.
 
@@ -216,6 +222,8 @@ class Accelerated:
             gates: learned parts follow their training form; otherwise all methods act as in use.
             done: share of the training that is over, 0 to 1, for schedules.
             noise: draw decisions where a method's training draws; False decides as in use, with training's gradients.
+            parts: in the first so many layers it is noted under ``"own_part"``, as float32 ``[H, n]``, how much each of
+                n compression tokens looks at its own part of what it reads.
 
         Yields:
             What the methods noted; give it to :meth:`training_losses`.
@@ -232,7 +240,7 @@ class Accelerated:
             0.5
         """
         layers = self._at_work("train with it").layers
-        before, layers.lesson = layers.lesson, Lesson(answers, gates, done, noise)
+        before, layers.lesson = layers.lesson, Lesson(answers, gates, done, noise, parts)
         try:
             yield layers.lesson
         finally:

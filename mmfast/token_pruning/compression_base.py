@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.token_pruning.layers import LayerMask
+from mmfast.tokens import Layout
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,43 @@ def runs(places: Tensor) -> list[Tensor]:
     """
     breaks = (places[1:] - places[:-1] > 1).nonzero().flatten() + 1
     return [run for run in places.tensor_split(breaks.cpu()) if run.numel()]
+
+
+def own_parts(layouts: Sequence[Layout], count: int) -> Tensor:
+    """Divide what ``count`` compression tokens read among them, from the coarse to the fine.
+
+    The first token has everything, and so has the second; then two have a half each, four a quarter, and so on. What
+    a token has does not depend on how many follow, which it cannot see. One picture is cut into about square parts in
+    raster order; a video, several images, or one whose grid is not known, into runs of about equal length.
+
+    Args:
+        layouts: of the images or videos, N tokens in all.
+        count: of the compression tokens.
+
+    Returns:
+        bool ``[count, N]``. Parts are empty where there are fewer rows or columns than parts.
+
+    Example:
+        >>> own_parts([Layout.grid(2, 2)], 4).int().tolist()
+        [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]
+    """
+    levels = [0, *(number.bit_length() - 1 for number in range(1, count))]
+    number = [0, *(number - (1 << level) for number, level in enumerate(levels[1:], start=1))]
+    parts = [_cut(layouts, level) for level in range(max(levels) + 1)]
+    return torch.stack([parts[level] == part for level, part in zip(levels, number, strict=True)])
+
+
+def _cut(layouts: Sequence[Layout], level: int) -> Tensor:
+    """Return the number of the part of each token, ``[N]`` int64, of ``2 ** level`` parts."""
+    first = layouts[0]
+    if len(layouts) > 1 or not first.grid_known or bool((first.tile > 0).any()) or bool((first.frame > 0).any()):
+        total = sum(len(layout) for layout in layouts)
+        return (torch.arange(total) << level) // max(total, 1)
+    down, across = 1 << (level + 1) // 2, 1 << level // 2
+    height, width = int(first.row.max()) + 1, int(first.col.max()) + 1
+    # Newline tokens have no column; they go with the last of their row.
+    column = torch.where(first.col < 0, width - 1, first.col)
+    return first.row * down // height * across + column * across // width
 
 
 def compressed_mask(real: Tensor, hidden: Sequence[Hidden]) -> Tensor:

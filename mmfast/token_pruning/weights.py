@@ -60,6 +60,8 @@ class Lesson:
         done: share of the training that is over, 0 to 1, for schedules.
         noise: draw decisions where the method's training draws; otherwise decide as in use, with the gradients of
             training.
+        parts: in the first so many layers it is noted how far each compression token looks at its own part of what
+            it reads, see :func:`mmfast.token_pruning.compression_base.own_parts`.
         notes: what methods note for their loss.
         figures: numbers for a log.
 
@@ -73,6 +75,7 @@ class Lesson:
     gates: bool = False
     done: float = 0.0
     noise: bool = True
+    parts: int = 0
     notes: dict[str, list[Any]] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
 

@@ -44,12 +44,19 @@ class Compression(Supervised):
         processor: its processor.
         source: what it is taught.
         tokens: compression tokens behind each image; of several numbers one is drawn for each step, and the largest
-            is what the exported processor writes.
+            is what the exported processor writes. A number named several times is drawn so much more often.
         hide_prefix: what they hide beside the image, see the method ``voco``.
+        distinct: each token has a row of its own in the vocabulary, see
+            :func:`mmfast.adapters.add_compression_tokens`; otherwise all are copies of one.
         loss: ``"ce"`` for cross-entropy on the answers; ``"ce+kd"`` adds the divergence from what the model, as it was
             before this training, foretells where it sees the image.
         kd_weight: factor of that divergence.
         temperature: by which the logits of both are divided for it; its square is a further factor.
+        part_weight: factor of a loss (ours) that asks each token to look at its own part of the image, see
+            :func:`mmfast.token_pruning.compression_base.own_parts`: the mean of ``-log(attention to the part)``. To
+            learn to differ can take tokens longer than all the rest, without it.
+        part_share: share of the training in which it is asked for.
+        part_layers: in the first so many layers.
         trained: as for :class:`Supervised`.
 
     Raises:
@@ -64,9 +71,13 @@ class Compression(Supervised):
         *,
         tokens: int | Sequence[int] = 4,
         hide_prefix: Literal["all", "visual"] = "all",
+        distinct: bool = False,
         loss: Literal["ce", "ce+kd"] = "ce",
         kd_weight: float = 1.0,
         temperature: float = 1.0,
+        part_weight: float = 0.0,
+        part_share: float = 0.7,
+        part_layers: int = 3,
         trained: Trained = "language+projector",
     ) -> None:
         counts = tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
@@ -77,11 +88,18 @@ class Compression(Supervised):
         for name, value in (("kd_weight", kd_weight), ("temperature", temperature)):
             if not is_number(value) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a finite number above 0")
+        if not is_number(part_weight) or not 0 <= part_weight < float("inf"):
+            raise ValueError(f"part_weight={part_weight!r} must be a finite number of at least 0")
+        if not is_number(part_share) or not 0 <= part_share <= 1:
+            raise ValueError(f"part_share={part_share!r} must be a number from 0 to 1")
+        if isinstance(part_layers, bool) or not isinstance(part_layers, int) or part_layers < 1:
+            raise ValueError(f"part_layers={part_layers!r} must be an int of at least 1")
         # Before the token is added: the teacher does not know it, and is not shown it.
         teacher = copy.deepcopy(model).eval().requires_grad_(False) if loss == "ce+kd" else None
-        add_compression_tokens(model, processor, max(counts), hide_prefix)
+        add_compression_tokens(model, processor, max(counts), hide_prefix, distinct=distinct)
         super().__init__(model, processor, source, plan="voco()", trained=trained)
         self.counts, self.kd_weight, self.temperature = counts, kd_weight, temperature
+        self.part_weight, self.part_share, self.part_layers = part_weight, part_share, part_layers
         self.teacher = teacher
 
     def train(self, mode: bool = True) -> Compression:
@@ -101,17 +119,30 @@ class Compression(Supervised):
         return Paired(shown.inputs, shown.labels, shown.where, plain)
 
     def forward(self, batch: Taught, done: float) -> Loss:
-        """Compute the loss of the answers, and how far they are from those of the teacher."""
-        del done
-        logits, labels = _logits(self.model, batch)
+        """Compute the loss of the answers, how far they are from the teacher's, and who looks at what."""
+        logits, labels, parts = self._learned(batch, done)
         loss, right = answer_loss(logits, labels)
+        figures = {"tokens_right": right, "ce": float(loss.detach())}
+        if parts is not None:
+            loss = loss + self.part_weight * parts
+            figures["parts"] = float(parts.detach())
         if self.teacher is None or not isinstance(batch, Paired) or batch.plain is None:
-            return Loss(loss, {"tokens_right": right})
+            return Loss(loss, figures)
         with torch.no_grad():
-            wanted, own = _logits(self.teacher, batch.plain)
+            inputs, own = batch.plain.beside(self.teacher)
+            wanted = self.teacher(**inputs, use_cache=False).logits
         distance = distillation(_answers(logits, labels), _answers(wanted, own), self.temperature)
-        figures = {"tokens_right": right, "ce": float(loss.detach()), "kd": float(distance.detach())}
-        return Loss(loss + self.kd_weight * distance, figures)
+        return Loss(loss + self.kd_weight * distance, {**figures, "kd": float(distance.detach())})
+
+    def _learned(self, batch: Taught, done: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return logits and labels of a batch, and how little the tokens look at their own parts, if that is asked."""
+        inputs, labels = batch.beside(self.model)
+        if self.fast is None or not self.part_weight or done >= self.part_share:
+            return self.model(**inputs, use_cache=False).logits, labels, None
+        with self.fast.training(labels != IGNORED, done=done, parts=self.part_layers) as lesson:
+            logits = self.model(**inputs, use_cache=False).logits
+        masses = [mass.flatten() for mass in lesson.noted("own_part")]
+        return logits, labels, -(torch.cat(masses) + 1e-4).log().mean() if masses else None
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -132,11 +163,6 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
         given.log_softmax(dim=-1), wanted.log_softmax(dim=-1), log_target=True, reduction="batchmean"
     )
     return temperature**2 * divergence
-
-
-def _logits(model: nn.Module, batch: Taught) -> tuple[Tensor, Tensor]:
-    inputs, labels = batch.beside(model)
-    return model(**inputs, use_cache=False).logits, labels
 
 
 def _answers(logits: Tensor, labels: Tensor) -> Tensor:

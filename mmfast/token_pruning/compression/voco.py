@@ -22,9 +22,10 @@ class VoCo(Compressor):
     """Hide each image from everything after the compression tokens behind it.
 
     One entry of the vocabulary, ``<voco>``, stands several times behind each image; the copies differ by their
-    positions alone. They see the image and all that is before it. Later tokens see them in its stead, so that after
-    the prompt the caches hold a few entries per image. Positions are not renumbered. The model has to be trained
-    with this mask (see ``recipes/voco.toml``), and has to know the token: ``mmfast.adapters.add_compression_tokens``.
+    positions alone (a model may instead have an entry for each). They see the image and all that is before it. Later
+    tokens see them in its stead, so that after the prompt the caches hold a few entries per image. Positions are not
+    renumbered. The model has to be trained with this mask (see ``recipes/voco.toml``), and has to know the token:
+    ``mmfast.adapters.add_compression_tokens``.
     Images without such tokens behind them stay visible.
 
     Paper: "VoCo-LLaMA: Towards Vision Compression with Large Language Models", CVPR 2025.

@@ -1,8 +1,8 @@
 """Train the embedded model from nothing: ``python -m mmfast.training.default_model.recipe --out FOLDER``.
 
 Five stages, each resumable: patches that know what and where they show, a language model on symbols, a projector
-between them, everything together on pixels, and early layers that look at what is asked about. The first two do not depend on each other and may run side by side
-(``--only vision``, ``--only language``).
+between them, everything together on pixels, and early layers that look at what is asked about. The first two do not
+depend on each other and may run side by side (``--only vision``, ``--only language``).
 """
 
 from __future__ import annotations

@@ -244,9 +244,7 @@ class LookStage(JointStage):
         pixels, _ = _stacked(episodes, student.device)
         with torch.no_grad():
             visual = student.projector(student.see(pixels)[0])
-        answer, looked, figures = student.read(
-            packed.to(student.device), visual, attended=range(1, student.middle + 1)
-        )
+        answer, looked, figures = student.read(packed.to(student.device), visual, attended=range(1, student.middle + 1))
         return Loss(answer + 0.15 * looked, {**figures, "attention": float(looked.detach())})
 
 
