@@ -272,8 +272,8 @@ def watch_parts(adapter: Adapter, inner: Inner) -> None:
             there = torch.isin(shown, own)
             mine = own_parts([part.layout for part in read], tokens.numel())[:, there]
             filled = mine.any(dim=1)
-            places = (torch.searchsorted(own, part) for part in (tokens[filled], shown[there]))
-            watched.append(_Watched(row, alive, *places, mine[filled]))
+            asking, shown = torch.searchsorted(own, tokens[filled]), torch.searchsorted(own, shown[there])
+            watched.append(_Watched(row, alive, asking, shown, mine[filled]))
             begin = one.start
     switch_on_tap(adapter, inner)
     for layer in adapter.layers[: lesson.parts]:

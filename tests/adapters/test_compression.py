@@ -62,6 +62,64 @@ def test_a_vocabulary_without_spare_rows_grows() -> None:
     assert model.get_output_embeddings().weight is weight
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_distinct_tokens_have_rows_of_their_own(spare: bool, tmp_path: Path) -> None:
+    model, processor = mmfast.load_default(dtype="float32")
+    if not spare:
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    size = len(processor.tokenizer)
+    added = add_compression_tokens(model, processor, tokens=3, distinct=True)
+    rows = model.get_input_embeddings().weight[size : size + 3].detach()
+    assert (added.token_id, added.entries, len(processor.tokenizer)) == (size, 3, size + 3)
+    assert len(torch.unique(rows, dim=0)) == 3
+    others = model.get_input_embeddings().weight[:size].detach()
+    assert bool(((rows - others.mean(dim=0)).abs() < 5 * others.std(dim=0)).all())
+    inputs = prepare(processor, ["red?", "same?"], [RED, [RED, BLUE]])
+    ids = inputs["input_ids"]
+    assert [row[row >= size].tolist() for row in ids] == [[size, size + 1, size + 2], [size, size + 1, size + 2] * 2]
+    shorter = prepare(processor, "red?", RED, num_compressed=2)["input_ids"]
+    assert shorter[shorter >= size].tolist() == [size, size + 1]
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, own = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert compression_tokens(loaded) == compression_tokens(own) == added
+    assert torch.equal(prepare(own, "same?", [RED, BLUE])["input_ids"][0], ids[1])
+    first, question = split_compressed(own, prepare(own, "red?", RED))
+    assert first["input_ids"][0, -3:].tolist() == [size, size + 1, size + 2]
+    assert own.decode(question) == "red?<|assistant|>"
+    with pytest.raises(ValueError, match="4 compression tokens are asked for, but only 3 differ"):
+        prepare(own, "red?", RED, num_compressed=4)
+    with pytest.raises(ValueError, match="must not contain the placeholder '<voco_3>'"):
+        prepare(own, "what is <voco_3>?", RED)
+    with pytest.raises(ValueError, match="5 compression tokens"):
+        add_compression_tokens(loaded, own, tokens=5)
+
+
+def test_copies_do_not_become_distinct(ready: tuple[Any, Any]) -> None:
+    model, processor = ready
+    with pytest.raises(ValueError, match="distinct=True, but the model has"):
+        add_compression_tokens(model, processor, tokens=4, distinct=True)
+
+
+def test_distinct_tokens_hide_an_image_however_the_prompt_is_given() -> None:
+    model, processor = mmfast.load_default(dtype="float32")
+    add_compression_tokens(model, processor, tokens=4, distinct=True)
+    red, blue = (prepare(processor, "what color is it?", image) for image in (RED, BLUE))
+    known = compression_tokens(processor)
+    assert known is not None
+    with torch.no_grad(), mmfast.accelerate(model, "voco()"):
+        asked = [model(**inputs, use_cache=True) for inputs in (red, blue)]
+        cached = asked[0].past_key_values.get_seq_length()
+        embedded = model.get_input_embeddings()(red["input_ids"])
+        given = model(inputs_embeds=embedded, **{k: v for k, v in red.items() if k != "input_ids"}).logits
+    text = int((~known.find(red["input_ids"]) & (red["input_ids"] != processor.image_token_id)).sum())
+    assert cached == red["input_ids"].shape[1]
+    assert asked[0].past_key_values.layers[0].keys.shape[-2] == 4 + text - 2
+    # The image reaches the text through the tokens, and the tokens are found by their embeddings too.
+    assert not torch.equal(asked[0].logits[:, -1], asked[1].logits[:, -1])
+    assert torch.allclose(given, asked[0].logits, atol=1e-5)
+
+
 def test_a_saved_folder_is_known_again(ready: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = ready
     add_compression_tokens(model, processor, tokens=2, hide_prefix="visual")

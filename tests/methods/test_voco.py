@@ -8,7 +8,8 @@ import torch
 
 from mmfast.registry import get
 from mmfast.token_pruning.compression.voco import VoCo
-from mmfast.token_pruning.compression_base import compressed_mask
+from mmfast.token_pruning.compression_base import compressed_mask, own_parts
+from mmfast.tokens import Layout
 
 WORKED = [
     "1...........",
@@ -95,3 +96,30 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
 def test_the_registry_says_what_it_does() -> None:
     info = get("voco")
     assert (info.stage, info.kind, info.action, info.training_free) == ("in_llm", "Compressor", "compresses", False)
+
+
+@pytest.mark.parametrize("layouts", [[Layout.grid(16, 16)], [Layout.grid(5, 9)], [Layout.grid(4, 4)] * 3], ids=len)
+def test_each_level_of_parts_covers_everything_once(layouts: list[Layout]) -> None:
+    parts = own_parts(layouts, 16)
+    assert parts.shape == (16, sum(len(layout) for layout in layouts))
+    for first, last in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16)):
+        assert parts[first:last].sum(dim=0).tolist() == [1] * parts.shape[1]
+    # What a token has does not depend on how many follow.
+    for count in range(1, 17):
+        assert torch.equal(own_parts(layouts, count), parts[:count])
+    sizes = parts[8:].sum(dim=1)
+    assert sizes.min() > 0
+    assert sizes.max() <= 2.5 * sizes.min()
+
+
+def test_parts_of_a_picture_are_square_and_of_a_clip_follow_each_other() -> None:
+    quarter = own_parts([Layout.grid(4, 4)], 8)[4].view(4, 4)
+    assert quarter.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    clip = own_parts([Layout.grid(2, 2, frames=4, modality="video")], 8)[4:].view(4, 4, 4)
+    assert clip.all(dim=2).int().tolist() == torch.eye(4).int().tolist()
+
+
+def test_the_parts_of_few_tokens_may_be_empty() -> None:
+    parts = own_parts([Layout.grid(1, 2)], 8)
+    assert parts[4:].any(dim=1).sum() == 2
+    assert parts[:2].all()

@@ -71,6 +71,42 @@ def test_the_loss_is_cross_entropy_and_distance_from_the_teacher() -> None:
     assert distillation(given, given).item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_tokens_are_asked_to_look_at_their_own_parts() -> None:
+    learns = objective(tokens=4, distinct=True, part_weight=0.5, part_share=0.6, part_layers=2)
+    batch = learns.batch(0, 0, 1, 2)
+    asked, later = learns(batch, 0.5), learns(batch, 0.6)
+    assert set(later.figures) == {"tokens_right", "ce"}
+    assert asked.figures["ce"] == later.total.item() == later.figures["ce"]
+    assert asked.total.item() == pytest.approx(asked.figures["ce"] + 0.5 * asked.figures["parts"], rel=1e-6)
+    # The same by hand, from the weights that eager attention gives out under the mask of the plan.
+    known = compression_tokens(learns.model)
+    assert known is not None
+    weights: list[torch.Tensor] = []
+    learns.model.set_attn_implementation("eager")  # type: ignore[operator]
+    layers: Any = learns.model.model.language_model.layers  # type: ignore[union-attr]
+    handles = [
+        layer.self_attn.register_forward_hook(lambda *given: weights.append(given[2][1].detach()))
+        for layer in layers[:2]
+    ]
+    with torch.no_grad():
+        learns.model(**batch.inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    ids = batch.inputs["input_ids"]
+    masses = []
+    for attention in weights:
+        for row in range(2):
+            tokens = known.find(ids[row]).nonzero().flatten()
+            image = (ids[row] == learns.processor.image_token_id).nonzero().flatten().view(16, 16)
+            parts = [image, image, image[:8], image[8:]]
+            masses += [attention[row, :, t, p.flatten()].sum(-1) for t, p in zip(tokens, parts, strict=True)]
+    expected = -(torch.cat(masses) + 1e-4).log().mean()
+    assert asked.figures["parts"] == pytest.approx(float(expected), rel=1e-4)
+    asked.total.backward()  # type: ignore[no-untyped-call]
+    rows = learns.model.get_input_embeddings().weight.grad[known.token_id : known.token_id + 4]  # type: ignore[operator]
+    assert bool((rows.abs().sum(dim=1) > 0).all())
+
+
 @needs_accelerate
 def test_what_learns_and_what_does_not(tmp_path: Path) -> None:
     learns = objective(tokens=2, loss="ce+kd")
@@ -117,6 +153,9 @@ def test_the_recipe_exports_what_loads(tmp_path: Path) -> None:
         ({"temperature": 0.0}, r"temperature=0\.0"),
         ({"kd_weight": -1.0}, r"kd_weight=-1\.0"),
         ({"trained": "lm"}, "trained='lm'"),
+        ({"part_weight": -0.1}, r"part_weight=-0\.1"),
+        ({"part_share": 1.5}, r"part_share=1\.5"),
+        ({"part_layers": 0}, "part_layers=0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
