@@ -30,7 +30,8 @@ def _voco_text() -> str:
         f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
         f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
         f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
-        f"untouched model, `ce` does not.{model_note(result)}\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
+        "untouched model, `ce` does not; `distinct` tokens have entries of their own, and with `parts` each was asked to "
+        f"look at its own part of the image.{model_note(result)}\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
     )
 
 
@@ -78,8 +79,7 @@ def _shorter_steps_text() -> str:
         f"processor time with `pyramiddrop()` and {own['cpu_seconds']['none']:.2f} s without: "
         f"{own['ratio']:.2f} of the time (median of {own['repeats']} in turn). The language model of the demo model "
         f"going on for {steps} steps under either, mean losses, and what it then answers with all tokens:"
-        f"{model_note(result)}\n\n{table(rows)}\n\nOn the demo model `pyramiddrop()` drops where attention says little "
-        "of the question yet (see its card)."
+        f"{model_note(result)}\n\n{table(rows)}"
     )
 
 
