@@ -48,8 +48,12 @@ UNTRAINED = (
     # As many visual tokens per layer as p_mod(keep=0.5): a quarter of the layers reads all of them.
     "uniform_in_llm(keep=0.3333, layer=0.25)",
     *(f"random_in_llm(keep=0.3333, layer=0.25, seed={seed})" for seed in range(3)),
+    "fastv(keep=0.3333, layer=0.25)",
     "p_mod(keep=0.5)",
-    "gamma_mod()",
+    # As many as gamma_mod(keep=0.5), which leaves half of the layers whole.
+    "uniform_in_llm(keep=0.6667, layer=0.25)",
+    "random_in_llm(keep=0.6667, layer=0.25, seed=0)",
+    "gamma_mod(keep=0.5)",
 )
 
 

@@ -17,7 +17,7 @@ def main() -> int:
     """Render, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clip", type=Path, help="file to write, .mp4")
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", choices=CLIP_FAMILIES, default="color")
     options = parser.parse_args()
     clip = render_clip(options.seed, num_frames=32, families=[options.family])
