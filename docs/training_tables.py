@@ -30,20 +30,25 @@ def _voco_text() -> str:
         f"{world['full_shuffled']:.2f}. Taught: language model and projector, batch {any_row['batch']}, up to "
         f"{any_row['questions_per_picture']} questions per picture, one of the counts drawn for each step; one run "
         f"each, torch {result['versions']['torch']}, by `python benchmarks/voco.py world`. `ce+kd` distils from the "
-        "untouched model, `ce` does not; `distinct` tokens have entries of their own, and with `parts` each was asked to "
-        f"look at its own part of the image.{model_note(result)}\n\n{table(rows)}\n\n{_voco_verdict(taught, counts)}"
+        "untouched model, `ce` does not; `distinct` tokens have entries of their own, and with `parts` each was asked "
+        f"to look at its own part of the image.{model_note(result)}\n\n{table(rows)}\n\n{_voco_verdict(world, counts)}"
     )
 
 
-def _voco_verdict(taught: dict[str, Any], counts: list[str]) -> str:
-    """Say how many counts compression tokens win when their rival was taught as long."""
-    best = {n: max(row["accuracy"][n] for name, row in taught.items() if name.startswith("voco")) for n in counts}
-    lines = []
-    for name, row in taught.items():
-        if not name.startswith("voco"):
-            won = sum(best[n] > row["accuracy"][n] for n in counts)
-            lines.append(f"`{name.split(',')[0]}`, taught as long, was beaten at {won} of {len(counts)} counts.")
-    return " ".join(lines)
+def _voco_verdict(world: dict[str, Any], counts: list[str]) -> str:
+    """Say at how many counts the best compression tokens win, against rivals as they are and taught."""
+    bounds, taught = world["untrained"], world["trained"]
+    own = {name: row["accuracy"] for name, row in taught.items() if name.startswith("voco")}
+    best = max(own, key=lambda name: sum(own[name].values()))
+    rivals = {
+        f"`{name}`, not taught,": {n: bounds[f"{name}(keep={n})"] for n in counts} for name in ("random", "pool2d")
+    }
+    rivals |= {f"`{name.split(',')[0]}`, taught,": row["accuracy"] for name, row in taught.items() if name not in own}
+    found = (
+        f"{rival} is beaten at {sum(own[best][n] > theirs[n] for n in counts)} of {len(counts)} counts"
+        for rival, theirs in rivals.items()
+    )
+    return f"By {best}: {'; '.join(found)}."
 
 
 def _gates_text() -> str:
