@@ -250,7 +250,10 @@ def _marked(adapter: Adapter, inner: Inner, embeds: Tensor) -> Tensor:
         return known.find(inner.input_ids)
     table = adapter.base.get_input_embeddings()
     ids = torch.arange(known.token_id, known.token_id + known.entries, device=table.weight.device)
-    marked: Tensor = (embeds[:, :, None] == table(ids).to(embeds)).all(dim=-1).any(dim=-1)
+    # One entry at a time: all at once would take as much memory as the embeddings for each of them.
+    marked = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    for row in table(ids).to(embeds):
+        marked |= (embeds == row).all(dim=-1)
     return marked
 
 
