@@ -118,8 +118,7 @@ def accuracy_text() -> str:
         f"Worse than random: {losers}. Methods that need training run without trained weights here, which says "
         f"nothing of them but that they run. The demo model has fewer layers ({depth}) than real ones, so "
         "methods inside it have less room, and it was trained with dropped backgrounds and with attention "
-        "supervised in its two middle layers: methods that read attention from there on look better here than on "
-        "public models, those that read it before look worse."
+        "supervised up to its middle layer: methods that read attention look better here than on public models."
     )
 
 
