@@ -83,6 +83,8 @@ class Compression(Supervised):
         counts = tuple(tokens) if isinstance(tokens, list | tuple) else (tokens,)
         if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
             raise ValueError(f"tokens={tokens!r} must be an int of at least 1, or several")
+        if not isinstance(distinct, bool):
+            raise ValueError(f"distinct={distinct!r} must be true or false")
         if loss not in ("ce", "ce+kd"):
             raise ValueError(f"loss={loss!r} must be 'ce' or 'ce+kd'")
         for name, value in (("kd_weight", kd_weight), ("temperature", temperature)):

@@ -172,8 +172,8 @@ def _supervised(model: Any, processor: Any, source: Source, options: Mapping[str
 
 
 def _voco(model: Any, processor: Any, source: Source, options: Mapping[str, Any]) -> Objective:
-    known = ("tokens", "hide_prefix", "loss", "kd_weight", "temperature", "trained")
-    _known(options, known, "field of [objective]")
+    taught = ("loss", "kd_weight", "temperature", "part_weight", "part_share", "part_layers", "trained")
+    _known(options, ("tokens", "hide_prefix", "distinct", *taught), "field of [objective]")
     return Compression(model, processor, source, **options)
 
 

@@ -139,7 +139,7 @@ def test_the_recipe_exports_what_loads(tmp_path: Path) -> None:
     known = compression_tokens(model)
     assert known is not None
     assert known == compression_tokens(processor)
-    assert (known.tokens, known.hide_prefix) == (16, "all")
+    assert (known.tokens, known.entries, known.hide_prefix) == (16, 16, "all")
     with mmfast.accelerate(model, "voco()") as fast:
         assert fast.report().plan == "voco(hide_prefix='all')"
 
@@ -153,6 +153,7 @@ def test_the_recipe_exports_what_loads(tmp_path: Path) -> None:
         ({"temperature": 0.0}, r"temperature=0\.0"),
         ({"kd_weight": -1.0}, r"kd_weight=-1\.0"),
         ({"trained": "lm"}, "trained='lm'"),
+        ({"distinct": "no"}, "distinct='no'"),
         ({"part_weight": -0.1}, r"part_weight=-0\.1"),
         ({"part_share": 1.5}, r"part_share=1\.5"),
         ({"part_layers": 0}, "part_layers=0"),
