@@ -210,6 +210,8 @@ def run_gates(options: argparse.Namespace, known: dict[str, Any]) -> None:
     method = plan.split("(")[0]
     row, folder = learn(objective, options, f"{options.command}-{method}-{trained}")
     row["trained"] = trained
+    if shares and trained != "plan":
+        row |= shares
     row["loss"] = [[line["step"], round(line.get("answers", line["loss"]), 4)] for line in read_log(folder)]
     row["last"] = read_log(folder)[-1]
     if trained == "plan":

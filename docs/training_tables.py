@@ -53,16 +53,31 @@ def _voco_verdict(world: dict[str, Any], counts: list[str]) -> str:
 
 def _gates_text() -> str:
     result = latest("training-*.json")
-    rows: list[tuple[str, ...]] = [("plan", "accuracy", "visual tokens per layer")]
+    rows: list[tuple[str, ...]] = [("plan", "taught", "accuracy", "visual tokens per layer")]
     rows += [
-        (f"`{plan}`", f"{row['accuracy']:.3f} +- {row['half_width']:.3f}", f"{row['layer_average']:.0f}")
+        (
+            f"`{plan.split(', trained=')[0]}`",
+            _how_taught(row),
+            f"{row['accuracy']:.3f} +- {row['half_width']:.3f}",
+            f"{row['layer_average']:.0f}",
+        )
         for plan, row in result["gates"].items()
         if "refused" not in row
     ]
     return (
-        "**Learned gates** against methods that need no training, exact match on held-out questions of six kinds; "
-        "`trained=plan` leaves the model as it is, by `python benchmarks/training.py`. Rows with as many tokens per "
-        f"layer are to be compared.{model_note(result)}\n\n{table(rows)}"
+        "**Learned gates** against methods that need no training, exact match on held-out questions of six kinds, by "
+        "`python benchmarks/training.py`. Rows with as many tokens per layer are to be compared; `fastv` reads the "
+        f"question there, `uniform_in_llm`, `random_in_llm` and `p_mod` do not.{model_note(result)}\n\n{table(rows)}"
+    )
+
+
+def _how_taught(row: dict[str, Any]) -> str:
+    """Say for how many steps, and at which rates, the gates of a row were taught, and whether the model was too."""
+    if "steps" not in row:
+        return ""
+    said = f"{row['steps']} steps at {row['learning_rate']:g}"
+    return (
+        said if row["trained"] == "plan" else f"{said}, language model at {row['learning_rate'] * row['model_rate']:g}"
     )
 
 
