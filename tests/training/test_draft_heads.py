@@ -441,9 +441,9 @@ def test_what_was_exported_is_tried(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_short_training_drafts(tmp_path: Path) -> None:
-    """A head of a minute foretells more than one that has learned nothing, and changes no answer."""
-    options = HeadOptions(prompts=64, new_tokens=24, held_out=12)
-    settings = replace(SETTINGS, steps=60, batch=8, warmup=4, log_every=20)
+    """A head of two minutes foretells more than one that has learned nothing, and changes no answer."""
+    options = HeadOptions(prompts=160, new_tokens=24, held_out=12)
+    settings = replace(SETTINGS, steps=240, batch=8, warmup=4, log_every=20)
     trained = train(DraftHead(*demo(), WorldSource(), options), settings, tmp_path / "trained", progress=False)
     untaught = replace(settings, steps=1, learning_rate=0.0)
     nothing = train(DraftHead(*demo(), WorldSource(), options), untaught, tmp_path / "nothing", progress=False)
