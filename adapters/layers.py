@@ -13,12 +13,12 @@ from mmfast.adapters.base import Adapter
 from mmfast.adapters.bypass import Bypasser
 from mmfast.adapters.cache import reference_layer
 from mmfast.adapters.call import Inner, Level, announcement, compact_positions
-from mmfast.adapters.compression import forget_hidden, watch_parts
+from mmfast.adapters.compression import forget_hidden
 from mmfast.adapters.kernel_attention import answered, arm_waiting
 from mmfast.adapters.masks import gather_positions, gather_rows, gather_table, head_mask, layer_mask, pack
 from mmfast.adapters.reading import Reader, Reading, replay, switch_on_tap
 from mmfast.adapters.recorder import Recorder
-from mmfast.adapters.teaching import hide_softly, refuse_unteachable
+from mmfast.adapters.teaching import hide_softly, refuse_unteachable, watch_parts
 from mmfast.token_pruning.base import Method
 from mmfast.token_pruning.layers import LayerBypass, LayerDropper, LayerEvent
 from mmfast.token_pruning.weights import Learner, Lesson, MaskLearner

@@ -1,35 +1,102 @@
-"""Calls in which learned parts are trained: tokens are hidden softly instead of dropped."""
+"""Calls in training: tokens are hidden softly instead of dropped, and who looks at what is noted for a loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast.adapters.attention import Attended, watch
+from mmfast.adapters.attention import Attended, Capture, watch
 from mmfast.adapters.base import Adapter
 from mmfast.adapters.call import Inner, Level
 from mmfast.adapters.masks import causal
 from mmfast.adapters.reading import switch_on_tap
+from mmfast.token_pruning.compression_base import own_parts
 from mmfast.token_pruning.in_llm.dynamic_llava import policy_softmax
 from mmfast.token_pruning.layers import LayerEvent
+from mmfast.token_pruning.weights import Lesson
 
 
 def refuse_unteachable(adapter: Adapter, inner: Inner) -> None:
-    """Refuse calls in which learned parts cannot be trained.
+    """Refuse calls in which a plan cannot be trained.
 
     Raises:
         ValueError: naming the reason and what to do.
     """
     if inner.seen:
-        raise ValueError("learned parts are trained on whole sequences; call the model without past_key_values")
+        raise ValueError("a plan is trained on whole sequences; call the model without past_key_values")
     if adapter.decoder.training and getattr(adapter.decoder, "gradient_checkpointing", False):
         raise ValueError(
-            "learned parts cannot be trained with gradient checkpointing, which runs layers again when their gates are "
-            "gone; call gradient_checkpointing_disable() on the model"
+            "a plan cannot be trained with gradient checkpointing, which runs layers again when what the plan does "
+            "there is gone; call gradient_checkpointing_disable() on the model"
         )
+
+
+def watch_parts(adapter: Adapter, inner: Inner) -> None:
+    """Note for the lesson of a call how far compression tokens look at their own parts of what they read.
+
+    Raises:
+        ValueError: if the call cannot be taught.
+    """
+    lesson, found = inner.lesson, inner.tables.get("hidden")
+    if lesson is None or not lesson.parts or not found:
+        return
+    refuse_unteachable(adapter, inner)
+    level, marked = inner.levels[0], inner.tables["marked"]
+    watched: list[_Watched] = []
+    for row, parts in enumerate(found):
+        alive = torch.arange(level.length) if level.real is None else level.real[row].cpu().nonzero().flatten()
+        own = level.slots[row].cpu()[alive]
+        begin = 0
+        for one in parts:
+            tokens = own[marked[row, own] & (own >= begin) & (own < one.start)]
+            read = [part for part in inner.segments[row] if bool(torch.isin(part.slots.cpu(), one.places).any())]
+            shown = torch.cat([part.slots.cpu() for part in read])
+            there = torch.isin(shown, own)
+            mine = own_parts([part.layout for part in read], tokens.numel())[:, there]
+            filled = mine.any(dim=1)
+            asking, shown = torch.searchsorted(own, tokens[filled]), torch.searchsorted(own, shown[there])
+            watched.append(_Watched(row, alive, asking, shown, mine[filled]))
+            begin = one.start
+    switch_on_tap(adapter, inner)
+    for layer in adapter.layers[: lesson.parts]:
+        inner.undo.append(watch(adapter.attention(layer), _PartListener(lesson, level, watched)))
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A run of n compression tokens in one row.
+
+    Attributes:
+        row: of the batch.
+        alive: ``[m]`` int64, which tokens of the call belong to the prompt.
+        tokens: ``[n]`` int64, those of the run whose part is not empty; counted among those alive, as ``places``.
+        places: ``[N]`` int64, the visual tokens it reads.
+        mine: ``[n, N]`` bool, the part of each.
+    """
+
+    row: int
+    alive: Tensor
+    tokens: Tensor
+    places: Tensor
+    mine: Tensor
+
+
+class _PartListener:
+    def __init__(self, lesson: Lesson, level: Level, watched: Sequence[_Watched]) -> None:
+        self.lesson, self.level, self.watched = lesson, level, watched
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Mapping[str, Any]) -> None:
+        """Note the attention ``[H, n]`` of each run to its parts."""
+        capture = Capture(self.level.slots, real=self.level.real, attached=True)
+        capture.take(query, key, value, mask, options)
+        for one in self.watched:
+            view = capture.view(one.row, one.alive)
+            seen = view.logits(one.tokens.to(query.device)).softmax(dim=-1)[..., one.places.to(query.device)]
+            self.lesson.note("own_part", (seen * one.mine.to(query.device)).sum(dim=-1))
 
 
 def hide_softly(

@@ -84,9 +84,9 @@ def own_parts(layouts: Sequence[Layout], count: int) -> Tensor:
         [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]
     """
     levels = [0, *(number.bit_length() - 1 for number in range(1, count))]
-    number = [0, *(number - (1 << level) for number, level in enumerate(levels[1:], start=1))]
-    parts = [_cut(layouts, level) for level in range(max(levels) + 1)]
-    return torch.stack([parts[level] == part for level, part in zip(levels, number, strict=True)])
+    own = [0, *(number - (1 << level) for number, level in enumerate(levels[1:], start=1))]
+    cuts = [_cut(layouts, level) for level in range(max(levels) + 1)]
+    return torch.stack([cuts[level] == part for level, part in zip(levels, own, strict=True)])
 
 
 def _cut(layouts: Sequence[Layout], level: int) -> Tensor:

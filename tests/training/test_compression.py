@@ -107,6 +107,13 @@ def test_tokens_are_asked_to_look_at_their_own_parts() -> None:
     assert bool((rows.abs().sum(dim=1) > 0).all())
 
 
+def test_parts_are_refused_where_layers_run_again() -> None:
+    learns = objective(tokens=2, part_weight=0.1).train()
+    learns.model.gradient_checkpointing_enable()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        learns(learns.batch(0, 0, 1, 1), 0.0)
+
+
 @needs_accelerate
 def test_what_learns_and_what_does_not(tmp_path: Path) -> None:
     learns = objective(tokens=2, loss="ce+kd")
